@@ -1,0 +1,713 @@
+"""SQuAD in, windows out.
+
+Examples come from the hub or from files in any SQuAD layout (`load_examples`). `make_train_features` and
+`make_features` turn them into windows of question and context that fit the model: every distinct context and question
+is tokenized once, the windows are sliced with NumPy from flat token arrays, and the result is cached as Arrow on disk.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import reprlib
+import tempfile
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tokenizers
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Part of every cache file's name: raise them when the code below makes something else of the same input.
+READER_VERSION = 1
+FEATURES_VERSION = 1
+
+TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer
+WINDOWS_PER_BATCH = 8192  # windows sliced and written at once; bounds the memory of the index arrays
+
+EXAMPLE_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "title": Value("string"),
+        "context": Value("string"),
+        "question": Value("string"),
+        "answers": {"text": List(Value("string")), "answer_start": List(Value("int32"))},
+    }
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_examples(
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    files: dict[str, str | None],
+    cache_dir: str | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Dataset]:
+    """Examples of each split ("train", "validation", "test") from the hub, from files, or from both.
+
+    `files` maps a split to a path; a file takes the place of the hub dataset's split of that name. Every split has the
+    columns of `EXAMPLE_FEATURES`, "answers" only where the source has gold answers.
+
+    Raises ValueError: the dataset is not found or has other columns, a file is not SQuAD, a split holds no question.
+    """
+    splits = _load_hub_dataset(dataset_name, dataset_config_name, cache_dir, token) if dataset_name else {}
+    for split, path in files.items():
+        if path is not None:
+            splits[split] = read_squad_file(path, cache_dir)
+    return splits
+
+
+def _load_hub_dataset(name: str, config_name: str | None, cache_dir: str | None, token) -> dict[str, Dataset]:
+    try:
+        dataset_splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--dataset_name {name}: cannot be loaded from the hub or its cache ({reason}); check the name, "
+            f"--dataset_config_name and the network, or give --train_file and --validation_file"
+        ) from error
+    return {
+        split: _conform_hub_split(dataset, f"{name} ({split})")
+        for split, dataset in dataset_splits.items()
+        if split in ("train", "validation", "test")
+    }
+
+
+def _conform_hub_split(dataset: Dataset, source: str) -> Dataset:
+    """The columns of EXAMPLE_FEATURES, in their types; "title" may be missing, and "answers" where there are none."""
+    for column in ("id", "context", "question"):
+        if column not in dataset.column_names:
+            raise ValueError(f'{source}: no column "{column}"; found {", ".join(dataset.column_names)}')
+    if len(dataset) == 0:
+        raise ValueError(f"{source}: holds no question")
+    if "title" not in dataset.column_names:
+        dataset = dataset.add_column("title", pa.array([""] * len(dataset)))
+    features = Features({name: kind for name, kind in EXAMPLE_FEATURES.items() if name in dataset.column_names})
+    dataset = dataset.select_columns(list(features))
+    if dataset.features != features:
+        try:
+            dataset = dataset.cast(features)
+        except (pa.ArrowInvalid, TypeError, ValueError) as error:
+            raise ValueError(f"{source}: its columns are not those of SQuAD: {' '.join(str(error).split())}") from error
+    table = dataset.with_format("arrow")[:]
+    for column in features:
+        if table[column].null_count:
+            row = pc.index(pc.is_null(table[column]), True).as_py()
+            raise ValueError(f'{source}: row {row} has no value in column "{column}"')
+    if pc.count_distinct(table["id"]).as_py() < len(table):
+        counts = pc.value_counts(table["id"])
+        duplicate = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        raise ValueError(f"{source}: id {duplicate!r} stands more than once")
+    return dataset
+
+
+def read_squad_file(path: str, cache_dir: str | None = None) -> Dataset:
+    """Examples of one file: columns id, title, context, question and, where the file has gold answers, answers.
+
+    Layouts: SQuAD's own (`{"data": [{"title", "paragraphs": [{"context", "qas": [...]}]}]}`), flat rows (`{"data":
+    [{"id", "context", "question", "answers"}]}`), a list of flat rows, and JSON lines of flat rows. `is_impossible`
+    (SQuAD 2.0) gives empty answers. The result is kept in `cache_dir` (default: the datasets cache) under the sha256 of
+    the file's bytes.
+
+    Raises ValueError of one line that names the file and the place in it.
+    """
+    path = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    name = f"squad-{hashlib.sha256(content).hexdigest()[:32]}-v{READER_VERSION}.arrow"
+    cache_path = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files", name)
+    if not os.path.exists(cache_path):
+        table = _parse_squad(content, path)
+        features = Features({name: EXAMPLE_FEATURES[name] for name in table.column_names})
+        _write_arrow(cache_path, features, [table])
+    return Dataset.from_file(cache_path)
+
+
+def _parse_squad(content: bytes, path: str) -> pa.Table:
+    rows: dict[str, list] = {name: [] for name in ("id", "title", "context", "question", "answers")}
+    places: dict[str, str] = {}
+    for row, place in _squad_rows(_parse_json(content, path), path):
+        id_ = row[0]
+        if id_ in places:
+            raise ValueError(f"{path}: {place}: id {reprlib.repr(id_)} is already the id of {places[id_]}")
+        places[id_] = place
+        for column, value in zip(rows.values(), row, strict=True):
+            column.append(value)
+    if not places:
+        raise ValueError(f"{path}: holds no question")
+    answers = rows.pop("answers")
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()})
+    if all(answer is None for answer in answers):
+        return table
+    if any(answer is None for answer in answers):
+        place = places[rows["id"][next(i for i, answer in enumerate(answers) if answer is None)]]
+        raise ValueError(f'{path}: {place}: missing key "answers", which other questions of the file have')
+    offsets = np.cumsum([0] + [len(answer) for answer in answers], dtype=np.int32)
+    texts, starts = zip(*chain.from_iterable(answers), strict=True) if offsets[-1] else ((), ())
+    struct = pa.StructArray.from_arrays(
+        [
+            pa.ListArray.from_arrays(offsets, pa.array(texts, pa.string())),
+            pa.ListArray.from_arrays(offsets, pa.array(starts, pa.int32())),
+        ],
+        names=["text", "answer_start"],
+    )
+    return table.append_column("answers", struct)
+
+
+def _parse_json(content: bytes, path: str) -> Any:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start}: not UTF-8 text") from error
+    if not text.strip():
+        raise ValueError(f"{path}: is empty")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not JSON that can be read: {_one_line(error)}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (RecursionError, ValueError) as error:
+                raise ValueError(f"{path}: line {number}: neither JSON nor JSON lines: {_one_line(error)}") from error
+    return rows
+
+
+def _one_line(error: Exception) -> str:
+    return reprlib.repr(" ".join(str(error).split())) if not isinstance(error, json.JSONDecodeError) else error.msg
+
+
+def _squad_rows(root: Any, path: str):
+    """Yields ((id, title, context, question, answers), place): answers is a list of (text, start), or None."""
+    if isinstance(root, dict) and "data" not in root and "context" not in root:
+        raise ValueError(f'{path}: missing key "data"; neither the layout of SQuAD nor flat rows')
+    if isinstance(root, dict):
+        items, name = (_typed(root["data"], list, "data", path), "data") if "data" in root else ([root], "row ")
+    else:
+        items, name = _typed(root, list, "the file", path), "row "
+    for i, item in enumerate(items):
+        place = f"{name}[{i}]" if name == "data" else f"{name}{i}"
+        _typed(item, dict, place, path)
+        if "paragraphs" not in item:
+            if "context" not in item:
+                raise ValueError(
+                    f'{path}: {place}: missing key "paragraphs" (SQuAD\'s layout) or "context" (flat rows)'
+                )
+            context = _string(item, "context", place, path)
+            yield _question_row(item, _title(item, place, path), context, place, path), place
+            continue
+        title = _title(item, place, path)
+        for j, paragraph in enumerate(_typed(item["paragraphs"], list, f"{place}.paragraphs", path)):
+            paragraph_place = f"{place}.paragraphs[{j}]"
+            _typed(paragraph, dict, paragraph_place, path)
+            context = _string(paragraph, "context", paragraph_place, path)
+            questions = _required(paragraph, "qas", paragraph_place, path)
+            for k, question in enumerate(_typed(questions, list, f"{paragraph_place}.qas", path)):
+                question_place = f"{paragraph_place}.qas[{k}]"
+                _typed(question, dict, question_place, path)
+                yield _question_row(question, title, context, question_place, path), question_place
+
+
+def _title(item: dict, place: str, path: str) -> str:
+    return _string(item, "title", place, path) if "title" in item else ""
+
+
+def _question_row(item: dict, title: str, context: str, place: str, path: str) -> tuple:
+    id_ = _required(item, "id", place, path)
+    id_ = str(id_) if type(id_) is int else _string(item, "id", place, path)
+    question = _string(item, "question", place, path)
+    impossible = _typed(item.get("is_impossible", False), bool, f"{place}.is_impossible", path)
+    if impossible:
+        answers = []
+    elif "answers" not in item:
+        answers = None
+    else:
+        answers = _answers(item["answers"], f"{place}.answers", path)
+    return id_, title, context, question, answers
+
+
+def _answers(value: Any, place: str, path: str) -> list[tuple[str, int]]:
+    """Either {"text": [...], "answer_start": [...]} or [{"text", "answer_start"}, ...]."""
+    if isinstance(value, dict):
+        texts = _typed(_required(value, "text", place, path), list, f"{place}.text", path)
+        starts = _typed(_required(value, "answer_start", place, path), list, f"{place}.answer_start", path)
+        if len(texts) != len(starts):
+            raise ValueError(f"{path}: {place}: {len(texts)} texts but {len(starts)} answer_starts")
+        value = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    answers = []
+    for i, answer in enumerate(_typed(value, list, place, path)):
+        answer_place = f"{place}[{i}]"
+        _typed(answer, dict, answer_place, path)
+        text = _string(answer, "text", answer_place, path)
+        start = _typed(_required(answer, "answer_start", answer_place, path), int, f"{answer_place}.answer_start", path)
+        if not -(2**31) <= start < 2**31:
+            raise ValueError(f"{path}: {answer_place}.answer_start: {reprlib.repr(start)} is outside every text")
+        answers.append((text, start))
+    return answers
+
+
+JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
+
+
+def _required(item: dict, key: str, place: str, path: str) -> Any:
+    if key not in item:
+        raise ValueError(f'{path}: {place}: missing key "{key}"')
+    return item[key]
+
+
+def _typed(value: Any, kind: type, place: str, path: str) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{path}: {place}: must be {JSON_NAMES[kind]}, is {reprlib.repr(value)}")
+    return value
+
+
+def _string(item: dict, key: str, place: str, path: str) -> str:
+    value = _typed(_required(item, key, place, path), str, f"{place}.{key}", path)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}: {place}.{key}: character {error.start} is half of a surrogate pair") from error
+    return value
+
+
+def drop_misplaced_answers(examples: Dataset, source: str) -> Dataset:
+    """Training examples without those whose (first) answer is empty or does not stand at its answer_start.
+
+    Logs their count and first ids. Raises ValueError when `examples` has no answers or none remain.
+    """
+    if "answers" not in examples.column_names:
+        raise ValueError(f'{source}: missing key "answers": without gold answers it cannot be trained on')
+    misplaced, misplaced_ids = [], []
+    for batch in examples.select_columns(["id", "context", "answers"]).with_format("arrow").iter(4096):
+        rows = zip(*(batch[name].to_pylist() for name in ("id", "context", "answers")), strict=True)
+        for id_, context, answers in rows:
+            wrong = False
+            if answers["text"]:
+                text, start = answers["text"][0], answers["answer_start"][0]
+                wrong = not text or start < 0 or not context.startswith(text, start)
+            misplaced.append(wrong)
+            if wrong:
+                misplaced_ids.append(id_)
+    if not misplaced_ids:
+        return examples
+    logger.warning(
+        f"{source}: {len(misplaced_ids)} of {len(examples)} questions are left out of training, because the answer's "
+        f"text does not stand at its answer_start; first ids: {', '.join(misplaced_ids[:5])}"
+    )
+    if len(misplaced_ids) == len(examples):
+        raise ValueError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
+    return examples.select(np.flatnonzero(~np.array(misplaced)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """How a context is cut into windows; all three count tokens.
+
+    `doc_stride` is the step from one window's start to the next in the context, as in the original BERT.
+    """
+
+    max_seq_length: int = 384
+    doc_stride: int = 128
+    max_query_length: int = 64
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"--{field.name} {getattr(self, field.name)}: must be at least 1")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a tokenizer that is slow, pads on the left or has no padding token."""
+    name = f"{type(tokenizer).__name__} of {tokenizer.name_or_path or 'no name'}"
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name} is a slow tokenizer: it gives no character offsets; use a model with a fast one")
+    if tokenizer.padding_side != "right":
+        raise ValueError(f"{name} pads on the {tokenizer.padding_side}: use a model whose tokenizer pads on the right")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{name} has no padding token: use a model whose tokenizer has one")
+
+
+def make_train_features(
+    examples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: WindowSettings,
+    *,
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+    desc: str = "Tokenizing training examples",
+) -> Dataset:
+    """One row a window, with labels; rows stand in the order of `examples`, and of the windows in each context.
+
+    Columns, unpadded: input_ids list<int32>; token_type_ids list<int8> if the tokenizer's model takes them; length
+    int32, the window's tokens; example_index int32, the row in `examples`; start_positions and end_positions int32, the
+    first and last token of the first answer, 0 ([CLS]) when it does not lie wholly in the window or there is none.
+
+    `num_proc` processes tokenize and change nothing. The result is read from the cache next to `examples` unless
+    `overwrite_cache`. Raises ValueError: no questions, unfit tokenizer, a doc_stride that leaves tokens uncovered.
+    """
+    return _cached_features(examples, tokenizer, windows, True, num_proc, overwrite_cache, desc)
+
+
+def make_features(
+    examples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: WindowSettings,
+    *,
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+    desc: str = "Tokenizing examples",
+) -> Dataset:
+    """One row a window, with what turns tokens back into text; otherwise as `make_train_features`.
+
+    Instead of labels: context_start int32, the window position of the first context token; char_starts and char_ends
+    list<int32>, one entry for each context token of the window: character offsets into the context, end exclusive.
+    """
+    return _cached_features(examples, tokenizer, windows, False, num_proc, overwrite_cache, desc)
+
+
+class Texts(NamedTuple):
+    """A column of texts: the distinct ones, and for each row the index of its own."""
+
+    distinct: pa.Array  # (num_distinct,) string
+    index: np.ndarray  # (num_rows,) int32
+
+
+class Tokens(NamedTuple):
+    """Tokens of many texts, end to end: text t has the entries from offsets[t] to offsets[t + 1]."""
+
+    offsets: np.ndarray  # (num_texts + 1,) int64
+    ids: np.ndarray  # (num_tokens,) int32
+    char_starts: np.ndarray  # (num_tokens,) int32
+    char_ends: np.ndarray  # (num_tokens,) int32
+
+
+class PairTemplate(NamedTuple):
+    """Special tokens around question and context: `before` question `between` context `after`."""
+
+    before: np.ndarray  # int32 token ids
+    between: np.ndarray
+    after: np.ndarray
+    before_types: np.ndarray  # int8 token types of the same
+    between_types: np.ndarray
+    after_types: np.ndarray
+    question_type: np.int8
+    context_type: np.int8
+
+
+def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite_cache, desc) -> Dataset:
+    check_tokenizer(tokenizer)
+    if len(examples) == 0:
+        raise ValueError("there is no question to make features of")
+    columns = ["context", "question", "answers"] if labelled else ["context", "question"]
+    table = examples.select_columns(columns).with_format("arrow")[:]
+    contexts = _distinct(table["context"])
+    # Whitespace before a question takes room from the context and says nothing.
+    questions = _distinct(pc.utf8_ltrim_whitespace(table["question"]))
+    answer_spans = _first_answer_spans(table["answers"]) if labelled else None
+
+    fingerprint = _fingerprint(contexts, questions, answer_spans, tokenizer, windows)
+    files = examples.cache_files
+    directory = os.path.dirname(files[0]["filename"]) if files else datasets.config.HF_DATASETS_CACHE
+    path = os.path.join(directory, f"cache-{'train' if labelled else 'eval'}-features-{fingerprint}.arrow")
+    if overwrite_cache or not os.path.exists(path):
+        context_tokens = _tokenize(contexts.distinct, tokenizer, num_proc, f"{desc} (contexts)")
+        question_tokens = _tokenize(questions.distinct, tokenizer, num_proc, f"{desc} (questions)")
+        features, tables = _slice_windows(
+            contexts, context_tokens, questions, question_tokens, answer_spans, tokenizer, windows
+        )
+        _write_arrow(path, features, tables)
+    return Dataset.from_file(path)
+
+
+def _distinct(column: pa.ChunkedArray) -> Texts:
+    encoded = column.dictionary_encode().unify_dictionaries()
+    index = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+    return Texts(encoded.chunk(0).dictionary, index)
+
+
+def _first_answer_spans(answers: pa.ChunkedArray) -> np.ndarray:
+    """(num_examples, 2) int64: the character span of the first answer, end exclusive; -1, -1 where there is none."""
+    answers = answers.combine_chunks()
+    texts, starts = answers.field("text"), answers.field("answer_start")
+    first = texts.offsets.to_numpy()[:-1]
+    has_answer = pc.list_value_length(texts).to_numpy() > 0
+    start = starts.values.to_numpy()[starts.offsets.to_numpy()[:-1][has_answer]]
+    length = pc.utf8_length(texts.values).to_numpy()[first[has_answer]]
+    spans = np.full((len(answers), 2), -1, np.int64)
+    spans[has_answer, 0] = start
+    spans[has_answer, 1] = start + length
+    return spans
+
+
+def _fingerprint(contexts: Texts, questions: Texts, answer_spans, tokenizer, windows: WindowSettings) -> str:
+    """Hash of all that decides the features, however `examples` came to be.
+
+    The tokenizer counts by what it is, not by its pickle, which changes when it is first used.
+    """
+    digest = hashlib.sha256()
+    for texts in (contexts, questions):
+        digest.update(pc.binary_length(texts.distinct).to_numpy())
+        for text_bytes in _string_bytes(texts.distinct):
+            digest.update(text_bytes)
+        digest.update(texts.index)
+    digest.update(b"" if answer_spans is None else np.ascontiguousarray(answer_spans))
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None
+    settings = [
+        FEATURES_VERSION,
+        tokenizers.__version__,
+        answer_spans is not None,
+        dataclasses.astuple(windows),
+        tokenizer.model_input_names,
+        tokenizer.split_special_tokens,
+        backend,
+    ]
+    digest.update(json.dumps(settings).encode())
+    return digest.hexdigest()[:32]
+
+
+def _string_bytes(texts: pa.Array):
+    """The UTF-8 bytes of a string array, a slice or not, without a copy."""
+    offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    if texts.buffers()[2] is not None:
+        yield texts.buffers()[2].slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
+
+
+def _tokenize(texts: pa.Array, tokenizer, num_proc: int | None, desc: str) -> Tokens:
+    names = ("input_ids", "char_starts", "char_ends")
+    tokenized = Dataset(pa.table({"text": texts})).map(
+        functools.partial(_tokenize_batch, tokenizer=tokenizer),
+        batched=True,
+        batch_size=TEXTS_PER_BATCH,
+        num_proc=num_proc if num_proc and num_proc > 1 else None,
+        remove_columns=["text"],
+        features=Features({name: List(Value("int32")) for name in names}),
+        new_fingerprint="tokens",  # in memory only; saves hashing texts and tokenizer
+        desc=desc,
+    )
+    ids, char_starts, char_ends = (tokenized.data[name].combine_chunks() for name in names)
+    offsets = ids.offsets.to_numpy().astype(np.int64)
+    return Tokens(offsets, *(column.values.to_numpy() for column in (ids, char_starts, char_ends)))
+
+
+def _tokenize_batch(batch: dict[str, list[str]], tokenizer) -> pa.Table:
+    encodings = tokenizer(
+        batch["text"],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    offsets = np.cumsum([0] + [len(ids) for ids in encodings["input_ids"]], dtype=np.int32)
+    ids = np.fromiter(chain.from_iterable(encodings["input_ids"]), np.int32, offsets[-1])
+    pairs = chain.from_iterable(chain.from_iterable(encodings["offset_mapping"]))
+    spans = np.fromiter(pairs, np.int32, 2 * offsets[-1]).reshape(-1, 2)
+    columns = {"input_ids": ids, "char_starts": spans[:, 0], "char_ends": spans[:, 1]}
+    return pa.table({name: pa.ListArray.from_arrays(offsets, np.ascontiguousarray(v)) for name, v in columns.items()})
+
+
+def _pair_template(tokenizer) -> PairTemplate:
+    """What the tokenizer puts around the two texts of a pair, read from a pair that it encodes."""
+    pair = tokenizer("a", "a", return_token_type_ids=True, return_attention_mask=False)
+    ids, types = np.array(pair["input_ids"], np.int32), np.array(pair["token_type_ids"], np.int8)
+    sequence = np.array([-1 if index is None else index for index in pair.sequence_ids(0)])
+    question, context = np.flatnonzero(sequence == 0), np.flatnonzero(sequence == 1)
+    if len(question) == 0 or len(context) == 0:
+        raise ValueError(f"{type(tokenizer).__name__} of {tokenizer.name_or_path} makes no token of the text 'a'")
+    parts = slice(None, question[0]), slice(question[-1] + 1, context[0]), slice(context[-1] + 1, None)
+    return PairTemplate(*(ids[p] for p in parts), *(types[p] for p in parts), types[question[0]], types[context[0]])
+
+
+def _slice_windows(
+    contexts: Texts, context_tokens, questions: Texts, question_tokens, answer_spans, tokenizer, windows
+):
+    """(features, tables): the schema of the windows, and a generator of tables of them."""
+    template = _pair_template(tokenizer)
+    before, between, after = len(template.before), len(template.between), len(template.after)
+    context_length = np.diff(context_tokens.offsets)[contexts.index]  # (num_examples,) tokens of the whole context
+    question_length = np.diff(question_tokens.offsets)[questions.index]
+    question_length = np.minimum(question_length, windows.max_query_length)
+    room = windows.max_seq_length - before - between - after - question_length  # context tokens that a window holds
+    if windows.doc_stride > room.min():
+        raise ValueError(
+            f"--doc_stride {windows.doc_stride} would leave tokens of the context outside all windows: the longest "
+            f"question ({question_length.max()} tokens) leaves room for {room.min()} of --max_seq_length "
+            f"{windows.max_seq_length}; lower --doc_stride or --max_query_length, or raise --max_seq_length"
+        )
+
+    num_windows = 1 + -(-np.maximum(context_length - room, 0) // windows.doc_stride)  # (num_examples,)
+    example = np.repeat(np.arange(len(num_windows)), num_windows)  # (num_windows,), as all below
+    window_in_example = np.arange(len(example)) - np.repeat(np.cumsum(num_windows) - num_windows, num_windows)
+    start = window_in_example * windows.doc_stride  # first context token of the window, counted in the context
+    length = np.minimum(context_length[example] - start, room[example])  # context tokens of the window
+    context_start = before + question_length[example] + between
+    columns = {"length": context_start + length + after, "example_index": example}
+    if answer_spans is None:
+        columns["context_start"] = context_start
+    else:
+        first, last = _answer_tokens(answer_spans, contexts.index, context_tokens)
+        inside = (first[example] >= start) & (last[example] < start + length) & (first >= 0)[example]
+        columns["start_positions"] = np.where(inside, first[example] - start + context_start, 0)
+        columns["end_positions"] = np.where(inside, last[example] - start + context_start, 0)
+
+    # Every token of every window is one entry of `pool`: special tokens, then all questions, then all contexts.
+    special = np.concatenate([template.before, template.between, template.after])
+    pool = np.concatenate([special, question_tokens.ids, context_tokens.ids])
+    pool_types = np.concatenate(
+        [
+            template.before_types,
+            template.between_types,
+            template.after_types,
+            np.full(len(question_tokens.ids), template.question_type, np.int8),
+            np.full(len(context_tokens.ids), template.context_type, np.int8),
+        ]
+    )
+    question_source = len(special) + question_tokens.offsets[questions.index][example]
+    context_source = context_tokens.offsets[contexts.index][example] + start
+    zeros = np.zeros_like(example)
+    # (num_windows, 5): where each part of a window starts in `pool`, and how long it is
+    part_start = np.stack(
+        [
+            zeros,
+            question_source,
+            zeros + before,
+            len(special) + len(question_tokens.ids) + context_source,
+            zeros + before + between,
+        ],
+        axis=1,
+    )
+    part_length = np.stack([zeros + before, question_length[example], zeros + between, length, zeros + after], axis=1)
+
+    with_types = "token_type_ids" in tokenizer.model_input_names
+    features = {"input_ids": List(Value("int32"))}
+    if with_types:
+        features["token_type_ids"] = List(Value("int8"))
+    features |= {name: Value("int32") for name in columns}
+    if answer_spans is None:
+        features |= {"char_starts": List(Value("int32")), "char_ends": List(Value("int32"))}
+
+    def tables():
+        for low in range(0, len(example), WINDOWS_PER_BATCH):
+            rows = slice(low, low + WINDOWS_PER_BATCH)
+            tokens = _ranges(part_start[rows].ravel(), part_length[rows].ravel())
+            lists = {"input_ids": (pool[tokens], columns["length"][rows])}
+            if with_types:
+                lists["token_type_ids"] = (pool_types[tokens], columns["length"][rows])
+            if answer_spans is None:
+                tokens = _ranges(context_source[rows], length[rows])
+                lists["char_starts"] = (context_tokens.char_starts[tokens], length[rows])
+                lists["char_ends"] = (context_tokens.char_ends[tokens], length[rows])
+            table = {name: pa.array(values[rows].astype(np.int32)) for name, values in columns.items()}
+            for name, (values, lengths) in lists.items():
+                offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+                table[name] = pa.ListArray.from_arrays(offsets, values)
+            yield pa.table({name: table[name] for name in features})
+
+    return Features(features), tables()
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ...: (sum of lengths,) int64."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _answer_tokens(answer_spans: np.ndarray, context_index: np.ndarray, tokens: Tokens):
+    """(first, last): (num_examples,) context tokens that the answer's characters touch; -1 where there are none.
+
+    Where several tokens share a character (byte-level BPE) all of them belong to the answer. Characters of the answer
+    that are in no token (whitespace, controls) are passed over.
+    """
+    # One sorted array for all contexts: the character offsets of context c lie in [c * width, (c + 1) * width).
+    width = int(max(tokens.char_ends.max(initial=0), answer_spans.max(initial=0))) + 1
+    text = np.repeat(np.arange(len(tokens.offsets) - 1), np.diff(tokens.offsets))
+    base = context_index.astype(np.int64) * width
+    first = np.searchsorted(text * width + tokens.char_ends, base + answer_spans[:, 0], side="right")
+    last = np.searchsorted(text * width + tokens.char_starts, base + answer_spans[:, 1], side="left") - 1
+    touched = (answer_spans[:, 0] >= 0) & (first <= last)
+    begin = tokens.offsets[context_index]
+    return np.where(touched, first - begin, -1), np.where(touched, last - begin, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cache and collator
+
+
+def _write_arrow(path: str, features: Features, tables) -> None:
+    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".writing-", suffix=".arrow")
+    os.close(handle)
+    try:
+        with ArrowWriter(path=beside, features=features) as writer:
+            for table in tables:
+                writer.write_table(table)
+            writer.finalize()
+        umask = os.umask(0)  # can only be read by setting it
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+
+
+@dataclass
+class QADataCollator:
+    """Rows of features in, a padded batch out: int64 tensors of shape (batch, padded length), labels (batch,).
+
+    The padded length is that of the longest row, raised to a multiple of `pad_to_multiple_of`, or `pad_to_max_length`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_to_max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        longest = self.pad_to_max_length or max(len(row["input_ids"]) for row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        shape = len(rows), -(-longest // multiple) * multiple
+        batch = {
+            "input_ids": np.full(shape, self.tokenizer.pad_token_id),
+            "attention_mask": np.zeros(shape, np.int64),
+        }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = np.full(shape, self.tokenizer.pad_token_type_id)
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            batch["input_ids"][i, :length] = row["input_ids"]
+            batch["attention_mask"][i, :length] = 1
+            if "token_type_ids" in batch:
+                batch["token_type_ids"][i, :length] = row["token_type_ids"]
+        for name in ("start_positions", "end_positions"):
+            if name in rows[0]:
+                batch[name] = np.array([row[name] for row in rows], np.int64)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
