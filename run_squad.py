@@ -1,0 +1,546 @@
+#!/usr/bin/env python
+"""Fine-tunes BERT, with absolute or relative position embeddings, for extractive question answering on SQuAD.
+
+    python run_squad.py --model_name_or_path google-bert/bert-base-uncased --dataset_name squad --do_train --do_eval \
+        --output_dir squad_model
+    torchrun --nproc_per_node=8 run_squad.py ...
+    python run_squad.py arguments.json
+"""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers.trainer_callback import TrainerState
+
+from data_qa import (
+    QADataCollator,
+    WindowSettings,
+    check_tokenizer,
+    drop_misplaced_answers,
+    load_examples,
+    make_features,
+    make_train_features,
+)
+from legacy_flags import flags_from_json, nearest_flag_error, translate_flags
+from modeling_relative_bert import POSITION_EMBEDDING_TYPES, RelativeBertForQuestionAnswering
+from trainer_qa import (
+    QuestionAnsweringTrainer,
+    TrainingError,
+    TrainingStopped,
+    check_same_run,
+    checkpoint_to_resume,
+    on_main_process,
+    remove_checkpoints,
+)
+from utils_qa import postprocess_qa_predictions, squad_scores, write_json, write_predictions
+
+logger = logging.getLogger("run_squad")
+
+METRIC_NAMES = """
+    exact f1 total HasAns_exact HasAns_f1 HasAns_total NoAns_exact NoAns_f1 NoAns_total
+    best_exact best_exact_thresh best_f1 best_f1_thresh
+""".split()
+RUN_STATE = "run_state.json"  # how far the run in an output_dir has come: training, trained or finished
+# The flags of transformers' own that make another run of it, so that a checkpoint of one is no start for the other.
+TRAINING_SETTINGS = """
+    seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    max_grad_norm label_smoothing_factor bf16 fp16 neftune_noise_alpha train_sampling_strategy dataloader_drop_last
+""".split()
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and from where."""
+
+    model_name_or_path: str = field(metadata={"help": "A folder or the name of a model on the hub."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration folder or name, where it is not the model's."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer folder or name, where it is not the model's."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where models and datasets of the hub, and features, are kept."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    token: str | None = field(
+        default=None, metadata={"help": "Token for the hub; by default the one that `hf auth login` has stored."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow model code that is kept with the model on the hub to run here."}
+    )
+    position_embedding_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Position embeddings of BERT; by default the checkpoint's own. The relative types can start from "
+            "an absolute checkpoint: their distance embeddings are then untrained.",
+            "choices": list(POSITION_EMBEDDING_TYPES),
+        },
+    )
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which questions, and how they become windows and answers."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the hub, such as squad."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON file to train on, in a SQuAD layout."})
+    validation_file: str | None = field(default=None, metadata={"help": "JSON file to evaluate on."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "JSON file to predict on; its questions need no answers."}
+    )
+    max_seq_length: int = field(
+        default=384, metadata={"help": "Most tokens of a window: question, a part of the context, special tokens."}
+    )
+    doc_stride: int = field(
+        default=128,
+        metadata={"help": "Context tokens from the start of one window to the start of the next, in a long context."},
+    )
+    max_query_length: int = field(default=64, metadata={"help": "Most tokens of a question; the rest is cut."})
+    n_best_size: int = field(
+        default=20, metadata={"help": "How many start and end positions are combined, and how many answers kept."}
+    )
+    max_answer_length: int = field(default=30, metadata={"help": "Most tokens of an answer."})
+    version_2_with_negative: bool = field(
+        default=False, metadata={"help": "Some questions have no answer in their context, as in SQuAD 2.0."}
+    )
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={"help": "Answer with nothing where its score is above the best answer's by more than this."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N questions only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N questions only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first N questions only."})
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={"help": "Pad every window to max_seq_length (for TPUs) instead of to the longest of its batch."},
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that make the features."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Make the features anew."})
+
+    def __post_init__(self):
+        for name in (
+            "n_best_size max_answer_length max_train_samples max_eval_samples max_predict_samples "
+            "preprocessing_num_workers"
+        ).split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}, must be at least 1")
+
+
+@dataclass
+class QATrainingArguments(TrainingArguments):
+    """transformers' own, with what question answering needs."""
+
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training windows: group_by_length (batches of like length, so that little is "
+            "padded), random, sequential or batch_rebalance."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train anew where output_dir holds a run, removing its checkpoints."}
+    )
+    max_nonfinite_steps: int = field(
+        default=0,
+        metadata={"help": "Skip at most N steps whose loss is not finite, instead of stopping at the first."},
+    )
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise ValueError("--output_dir is missing: name the folder that the model and the results go to")
+        if not torch.accelerator.is_available():
+            # Unset, every process under torchrun would be a world of its own and train alone into the same folder.
+            self.use_cpu = True
+            if self.fsdp:
+                raise ValueError("--fsdp needs GPUs, and there is none here: leave it out")
+        if self.enable_jit_checkpoint:
+            raise ValueError("--enable_jit_checkpoint is always on here: SIGTERM saves a checkpoint. Leave it out")
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "f1"
+        best = self.metric_for_best_model
+        if best is not None and best.removeprefix("eval_") not in METRIC_NAMES:
+            raise ValueError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}")
+        super().__post_init__()
+        if self.world_size == 1 and self._n_gpu > 1:
+            logger.warning(
+                "Using one of %d GPUs. To use all: torchrun --nproc_per_node=%d run_squad.py ...",
+                self._n_gpu,
+                self._n_gpu,
+            )
+            self._n_gpu = 1  # else the Trainer would make it DataParallel
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        run(*parse_arguments(sys.argv[1:] if argv is None else argv))
+    except TrainingStopped as stopped:
+        _exit(f"{stopped}. Give the same command again to go on.", stopped.exit_status)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except (ValueError, TrainingError) as error:
+        if os.environ.get("RUN_SQUAD_DEBUG"):
+            raise
+        _exit(f"error: {error}", 2 if isinstance(error, ValueError) else 1)
+
+
+def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
+    transformers.set_seed(training_args.seed)
+    config = load_config(model_args)
+    tokenizer = load_tokenizer(model_args)
+    windows = WindowSettings(data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length)
+
+    with training_args.main_process_first(desc="reading the questions"):
+        examples = read_examples(model_args, data_args, training_args)
+    with training_args.main_process_first(desc="making the features"):
+        features = {
+            split: (make_train_features if split == "train" else make_features)(
+                questions,
+                tokenizer,
+                windows,
+                num_proc=data_args.preprocessing_num_workers,
+                overwrite_cache=data_args.overwrite_cache and training_args.process_index == 0,
+                desc=f"{split} features",
+            )
+            for split, questions in examples.items()
+        }
+
+    settings = run_settings(model_args, data_args, training_args, config, examples)
+    status, checkpoint = "training", None
+    if training_args.do_train:
+        status, checkpoint = on_main_process(lambda: plan_training(training_args, settings))
+    trained = status == "trained"
+    model = load_model(model_args, config, folder=training_args.output_dir if trained else None)
+    check_length(data_args.max_seq_length, model, tokenizer)
+    if model.config.model_type == "bert" and training_args.ddp_find_unused_parameters is None:
+        # Every trainable parameter of BERT takes part in the loss, so DDP need not look for those that do not.
+        training_args.ddp_find_unused_parameters = False
+
+    def post_process(examples, features, logits, prefix):
+        answers = postprocess_qa_predictions(
+            examples,
+            features,
+            logits,
+            version_2_with_negative=data_args.version_2_with_negative,
+            n_best_size=data_args.n_best_size,
+            max_answer_length=data_args.max_answer_length,
+            null_score_diff_threshold=data_args.null_score_diff_threshold,
+        )
+        write_predictions(answers, training_args.output_dir, prefix)
+        if "answers" not in examples.column_names:
+            return {}
+        return squad_scores(examples, answers, data_args.null_score_diff_threshold)
+
+    trainer = QuestionAnsweringTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=features.get("train"),
+        eval_dataset=features.get("validation"),
+        eval_examples=examples.get("validation"),
+        processing_class=tokenizer,
+        data_collator=QADataCollator(
+            tokenizer,
+            pad_to_max_length=data_args.max_seq_length if data_args.pad_to_max_length else None,
+            pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
+        ),
+        post_process_function=post_process,
+        run_settings=settings,
+        train_ids=examples["train"]["id"] if "train" in examples else None,
+        max_nonfinite_steps=training_args.max_nonfinite_steps,
+    )
+    log_summary(model, examples, features, training_args)
+
+    if trained:
+        logger.info("Training was finished before; going on with the model in %s.", training_args.output_dir)
+        trainer.state = TrainerState.load_from_json(os.path.join(training_args.output_dir, "trainer_state.json"))
+        trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+    elif training_args.do_train:
+        train(trainer, features["train"], settings, checkpoint)
+
+    metrics = {}
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["eval_samples"] = len(features["validation"])
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if training_args.do_predict:
+        predict_metrics = trainer.predict(features["test"], examples["test"])
+        predict_metrics["predict_samples"] = len(features["test"])
+        trainer.log_metrics("predict", predict_metrics)
+        trainer.save_metrics("predict", predict_metrics)
+
+    if trainer.is_world_process_zero():
+        if training_args.do_train:
+            write_json(run_state_file(training_args), {"status": "finished", "settings": settings})
+        bare = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        if bare:
+            print(json.dumps({name: bare[name] for name in METRIC_NAMES if name in bare}, indent=2), flush=True)
+    trainer.end()
+
+
+# ---- Arguments ----
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments, QATrainingArguments]:
+    """The three groups of arguments from flags, or from the one JSON file that `argv` names.
+
+    Raises ValueError for a flag that is unknown or refused, and for a value that cannot be.
+    """
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = flags_from_json(argv[0])
+    argv, notices = translate_flags(argv)
+    parser = HfArgumentParser(
+        (ModelArguments, DataTrainingArguments, QATrainingArguments),
+        usage="run_squad.py --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+    )
+    *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        raise ValueError(nearest_flag_error(unknown, known))
+    model_args, data_args, training_args = arguments
+    set_up_logging(training_args)
+    for notice in notices:
+        logger.info(notice)
+    check_arguments(data_args, training_args)
+    return model_args, data_args, training_args
+
+
+def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
+    """Raises ValueError where what is to be done lacks its data."""
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict")
+    needs = {
+        "--do_train": (training_args.do_train, "--train_file", data_args.train_file),
+        "--do_eval": (training_args.do_eval, "--validation_file", data_args.validation_file),
+        "--do_predict": (training_args.do_predict, "--test_file", data_args.test_file),
+    }
+    for task, (asked, flag, file) in needs.items():
+        if asked and file is None and data_args.dataset_name is None:
+            raise ValueError(f"{task} needs data: give {flag} or --dataset_name")
+
+
+def set_up_logging(training_args: QATrainingArguments) -> None:
+    """The main process says what it does; the others, and the libraries, speak up only when something is wrong."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if training_args.process_index == 0 else logging.ERROR,
+        force=True,
+    )
+    for library in ("accelerate", "datasets", "evaluate", "filelock", "fsspec", "httpx", "urllib3"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+
+
+def log_summary(model, examples, features, training_args: QATrainingArguments) -> None:
+    position_type = getattr(model.config, "position_embedding_type", None) or "absolute"
+    precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
+    logger.info("Model: %s, %s positions.", type(model).__name__, position_type)
+    for split, questions in examples.items():
+        logger.info("%s: %d questions, %d windows.", split, len(questions), len(features[split]))
+    logger.info("Device: %s, %d process(es), %s.", training_args.device, training_args.world_size, precision)
+
+
+# ---- Model and tokenizer ----
+
+
+def load_config(model_args: ModelArguments):
+    """The model's configuration with the position type that was asked for.
+
+    Raises ValueError where there is no such model, or the position type does not suit it.
+    """
+    config = _from_hub(
+        AutoConfig, model_args.config_name or model_args.model_name_or_path, model_args, "a configuration"
+    )
+    own = getattr(config, "position_embedding_type", None) or "absolute"
+    asked = model_args.position_embedding_type or own
+    if asked not in POSITION_EMBEDDING_TYPES:
+        raise ValueError(
+            f"position_embedding_type is {asked!r} in {model_args.model_name_or_path}, must be one of "
+            f"{', '.join(POSITION_EMBEDDING_TYPES)}"
+        )
+    if asked != "absolute" and config.model_type != "bert":
+        raise ValueError(
+            f"position_embedding_type {asked} is for BERT, but {model_args.model_name_or_path} is of type "
+            f"{config.model_type}: leave --position_embedding_type out or take a BERT"
+        )
+    if asked == "absolute" and own != "absolute":
+        raise ValueError(
+            f"--position_embedding_type absolute: {model_args.model_name_or_path} was trained with {own} and has no "
+            f"trained absolute positions: leave the flag out or take an absolute checkpoint"
+        )
+    if config.model_type == "bert":
+        config.position_embedding_type = asked
+    return config
+
+
+def load_tokenizer(model_args: ModelArguments):
+    name = model_args.tokenizer_name or model_args.config_name or model_args.model_name_or_path
+    tokenizer = _from_hub(AutoTokenizer, name, model_args, "a tokenizer")
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def load_model(model_args: ModelArguments, config, folder: str | None = None):
+    """The model in `folder`, or else the one that was asked for, with the parameters that are new in it logged."""
+    relative = getattr(config, "position_embedding_type", "absolute") != "absolute" and config.model_type == "bert"
+    model_class = RelativeBertForQuestionAnswering if relative else AutoModelForQuestionAnswering
+    name = folder or model_args.model_name_or_path
+    model, info = _from_hub(model_class, name, model_args, "a model", config=config, output_loading_info=True)
+    if info["missing_keys"]:
+        logger.info("New parameters, not in %s: %s.", name, ", ".join(sorted(info["missing_keys"])))
+    return model
+
+
+def check_length(max_seq_length: int, model, tokenizer) -> None:
+    """Raises ValueError where windows of `max_seq_length` tokens are longer than the model has positions for."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if longest is not None and getattr(embeddings, "padding_idx", None) is not None:
+        longest -= embeddings.padding_idx + 1  # RoBERTa counts positions from there
+    if longest is not None and max_seq_length > longest:
+        raise ValueError(f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only")
+
+
+def _from_hub(auto_class, name, model_args: ModelArguments, what: str, **kwargs):
+    try:
+        return auto_class.from_pretrained(
+            name,
+            cache_dir=model_args.cache_dir,
+            revision=model_args.model_revision,
+            token=model_args.token,
+            trust_remote_code=model_args.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {what} from {name}: {' '.join(str(error).split())}") from error
+
+
+# ---- Data ----
+
+
+def read_examples(model_args, data_args, training_args) -> dict:
+    """The questions of each split that is needed: "train", "validation", "test" -> `datasets.Dataset`."""
+    needed = {
+        "train": (training_args.do_train, data_args.train_file, data_args.max_train_samples),
+        "validation": (training_args.do_eval, data_args.validation_file, data_args.max_eval_samples),
+        "test": (training_args.do_predict, data_args.test_file, data_args.max_predict_samples),
+    }
+    files = {split: file for split, (asked, file, _) in needed.items() if asked and file is not None}
+    splits = load_examples(
+        data_args.dataset_name, data_args.dataset_config_name, files, model_args.cache_dir, model_args.token
+    )
+    examples = {}
+    for split, (asked, file, most) in needed.items():
+        if not asked:
+            continue
+        source = file or data_args.dataset_name
+        if split not in splits:
+            raise ValueError(f"the dataset {source} has no split {split!r}; it has {', '.join(splits)}")
+        questions = splits[split]
+        if split != "test" and "answers" not in questions.column_names:
+            raise ValueError(f"{source}: no question has the key 'answers', which {split} needs")
+        if split == "train":
+            questions = drop_misplaced_answers(questions, source)
+        examples[split] = questions if most is None else questions.select(range(min(most, len(questions))))
+    return examples
+
+
+# ---- Training ----
+
+
+def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoint: str | None) -> None:
+    """Trains from `checkpoint` or anew, and saves the model, its tokenizer, the metrics and the state."""
+    training_args = trainer.args
+    if checkpoint is not None:
+        logger.info("Going on from %s.", checkpoint)
+    if trainer.is_world_process_zero():
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        write_json(run_state_file(training_args), {"status": "training", "settings": settings})
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = {**result.metrics, "train_samples": len(features)}
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_json(run_state_file(training_args), {"status": "trained", "settings": settings})
+    trainer.stop_if_asked()
+
+
+def plan_training(training_args: QATrainingArguments, settings: dict) -> tuple[str, str | None]:
+    """What is left of the training in output_dir: ("training", checkpoint to go on from or None) or ("trained", None).
+
+    Raises ValueError where going on would overwrite a finished run or mix two runs.
+    """
+    folder = Path(training_args.output_dir)
+    if training_args.resume_from_checkpoint is not None:
+        check_same_run(training_args.resume_from_checkpoint, settings)
+        return "training", training_args.resume_from_checkpoint
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if training_args.overwrite_output_dir and not restarted:
+        remove_checkpoints(folder)
+        run_state_file(training_args).unlink(missing_ok=True)
+        return "training", None
+    if not run_state_file(training_args).exists():
+        held = [name for name in ("config.json", "train_results.json") if (folder / name).exists()]
+        held += sorted(path.name for path in folder.glob("checkpoint-*"))
+        if held:
+            raise ValueError(
+                f"--output_dir {folder} holds {held[0]} of something else: name another folder, or give "
+                "--overwrite_output_dir"
+            )
+        return "training", None
+    state = json.loads(run_state_file(training_args).read_text(encoding="utf-8"))
+    if state["status"] == "finished":
+        raise ValueError(
+            f"--output_dir {folder} holds a finished run: leave --do_train out to use it, name another folder, or "
+            "give --overwrite_output_dir to train anew"
+        )
+    if state["status"] == "trained" and state["settings"] == settings:
+        return "trained", None
+    return "training", checkpoint_to_resume(folder, settings)
+
+
+def run_settings(model_args, data_args, training_args, config, examples) -> dict:
+    """What must be equal for two commands to train the same model, by flag."""
+    settings = {
+        "model_name_or_path": model_args.model_name_or_path,
+        "model_revision": model_args.model_revision,
+        "tokenizer_name": model_args.tokenizer_name,
+        "config_name": model_args.config_name,
+        "position_embedding_type": getattr(config, "position_embedding_type", "absolute"),
+        "training data": examples["train"]._fingerprint if "train" in examples else None,
+        "number of processes": training_args.world_size,
+    }
+    for name in ("max_seq_length", "doc_stride", "max_query_length", "pad_to_max_length"):
+        settings[name] = getattr(data_args, name)
+    for name in TRAINING_SETTINGS:
+        settings[name] = getattr(training_args, name)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def run_state_file(training_args: QATrainingArguments) -> Path:
+    return Path(training_args.output_dir, RUN_STATE)
+
+
+def _exit(message: str, status: int) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"run_squad.py: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
