@@ -1,0 +1,514 @@
+"""From start and end logits to answers, and from answers to scores.
+
+`postprocess_qa_predictions` picks the answer spans, `write_predictions` writes them, `squad_scores` compares them with
+the gold answers through `SquadMetric`.
+"""
+
+import json
+import os
+import re
+import string
+from collections import Counter
+from typing import NamedTuple
+
+import datasets
+import evaluate
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+WINDOWS_PER_CHUNK = 256  # windows searched at once: the spans of one chunk stay in the processor's cache
+LARGEST_LOGIT = np.finfo(np.float32).max / 2  # the sum of two still is a float32
+
+
+class QAPredictions(NamedTuple):
+    """What the model answers, by question id, in the order of the examples.
+
+    `answers`: the text that counts.
+    `n_best`: lists of {text, probability, start_logit, end_logit, start, end}, best first. start and end are character
+    offsets into the context; the null answer has text "" and None for both.
+    `null_odds`: score of the null answer minus score of the best other one; None without `version_2_with_negative`.
+    `best_non_null`: the best answer that is not empty, whatever its null odds; "" only if the question has no span.
+    """
+
+    answers: dict[str, str]
+    n_best: dict[str, list[dict]]
+    null_odds: dict[str, float] | None
+    best_non_null: dict[str, str]
+
+
+def postprocess_qa_predictions(
+    examples: datasets.Dataset,
+    features: datasets.Dataset,
+    predictions: tuple[np.ndarray, np.ndarray],
+    *,
+    version_2_with_negative: bool = False,
+    n_best_size: int = 20,
+    max_answer_length: int = 30,
+    null_score_diff_threshold: float = 0.0,
+) -> QAPredictions:
+    """Turn the logits of all windows into one answer a question.
+
+    The algorithm is `postprocess_qa_predictions` of Hugging Face's run_qa.py. In each window the `n_best_size` best
+    starts are combined with the `n_best_size` best ends. Spans inside the context, not reversed and of at most
+    `max_answer_length` tokens, compete over all windows of the question by start logit + end logit. The null score of
+    a question is the lowest start[0] + end[0] of its windows; with `version_2_with_negative` the null answer joins the
+    n-best list (as the last one if it is not among the best) and is the answer where its odds exceed the threshold.
+
+    What run_qa.py leaves to chance is fixed: equal logits and equal scores rank by position, then by window; padding
+    takes no part, so an answer does not depend on how far its batch was padded; a question without any span is
+    answered by "" (at logits 0.0), where run_qa.py writes "empty".
+
+    Args:
+        examples: columns id and context. Gold answers are not read and need not be there.
+        features: columns example_index, length, context_start, char_starts, char_ends; windows in any order.
+        predictions: start and end logits, each (num_windows, padded length); row i belongs to features[i]. Scores
+            are computed in float32; probabilities are a float64 softmax over the scores of the n-best list.
+
+    Raises:
+        ValueError: logits that do not fit the features; NaN, +inf or an overflow at a token of a window (names the
+            questions); a question without a window (names it).
+    """
+    if n_best_size < 1 or max_answer_length < 1:
+        raise ValueError(f"n_best_size is {n_best_size}, max_answer_length {max_answer_length}: both must be 1 or more")
+    ids = _column(examples, "id").to_pylist()
+    contexts = _column(examples, "context").to_pylist()
+    windows = _windows_by_example(features, ids)
+    start_logits, end_logits = (_check_shape(logits, windows) for logits in predictions)
+    _check_values(start_logits, end_logits, windows, ids, version_2_with_negative)
+
+    spans = _best_spans(start_logits, end_logits, windows, n_best_size, max_answer_length)
+    nulls = _null_answers(start_logits, end_logits, windows) if version_2_with_negative else None
+    candidates = _n_best(spans, nulls, n_best_size, len(ids))
+    return _to_predictions(candidates, nulls, ids, contexts, null_score_diff_threshold)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+class _Windows(NamedTuple):
+    """Columns of the features, one entry a window, sorted by example; a token's characters stand in flat arrays."""
+
+    row: np.ndarray  # row in the features and in the logits
+    example: np.ndarray
+    length: np.ndarray  # tokens
+    context_start: np.ndarray  # position of the first context token
+    context_end: np.ndarray  # position after the last one
+    char_index: np.ndarray  # char_starts[char_index + position] is where the token at this position starts
+    char_starts: np.ndarray  # (context tokens of all windows,) offsets into the context
+    char_ends: np.ndarray
+
+
+def _windows_by_example(features: datasets.Dataset, ids: list[str]) -> _Windows:
+    example = _column(features, "example_index").to_numpy(zero_copy_only=False)
+    order = np.argsort(example, kind="stable")
+    example = example[order]
+    windows_per_example = np.bincount(example, minlength=len(ids))
+    if len(windows_per_example) > len(ids):
+        raise ValueError(
+            f"features have windows of example {example[-1]}, but there are {len(ids)} examples: "
+            "pass the examples that the features were made from"
+        )
+    if len(missing := np.flatnonzero(windows_per_example == 0)):
+        raise ValueError(
+            f"{len(missing)} questions have no window in the features (first ids: "
+            f"{', '.join(ids[i] for i in missing[:5])}): pass the features of all examples"
+        )
+    char_starts, char_ends = _column(features, "char_starts"), _column(features, "char_ends")
+    offsets = char_starts.offsets.to_numpy() - char_starts.offsets[0].as_py()
+    context_start = _column(features, "context_start").to_numpy(zero_copy_only=False)[order].astype(np.int64)
+    return _Windows(
+        row=order,
+        example=example,
+        length=_column(features, "length").to_numpy(zero_copy_only=False)[order],
+        context_start=context_start,
+        context_end=context_start + np.diff(offsets)[order],
+        char_index=offsets[:-1][order] - context_start,
+        char_starts=char_starts.flatten().to_numpy(),
+        char_ends=char_ends.flatten().to_numpy(),
+    )
+
+
+def _column(dataset: datasets.Dataset, name: str) -> pa.Array:
+    """One column as one Arrow array: no Python object per row, and a selection or shuffle of rows is honoured."""
+    column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def _check_shape(logits: np.ndarray, windows: _Windows) -> np.ndarray:
+    logits = np.asarray(logits, dtype=np.float32)
+    needed = (len(windows.row), windows.length.max(initial=0))
+    if logits.ndim != 2 or len(logits) != needed[0] or logits.shape[1] < needed[1]:
+        raise ValueError(
+            f"logits have shape {logits.shape}, but the features have {needed[0]} windows of up to {needed[1]} tokens: "
+            "pass the logits of these features"
+        )
+    return logits
+
+
+def _check_values(start_logits, end_logits, windows: _Windows, ids: list[str], null_counts: bool) -> None:
+    broken = np.zeros(len(windows.row), dtype=bool)
+    for logits in (start_logits, end_logits):
+        for chunk in _chunks(len(windows.row)):
+            inside = np.arange(logits.shape[1]) < windows.length[chunk, None]
+            broken[chunk] |= (~(logits[windows.row[chunk]] <= LARGEST_LOGIT) & inside).any(axis=1)
+        if null_counts:
+            broken |= ~(logits[windows.row, 0] >= -LARGEST_LOGIT)
+    if broken.any():
+        questions = [ids[i] for i in np.unique(windows.example[broken])]
+        raise ValueError(
+            f"the logits of {len(questions)} questions hold NaN or infinity (first ids: {', '.join(questions[:5])}): "
+            "the model diverged or overflowed; use an earlier checkpoint or a wider dtype"
+        )
+
+
+def _chunks(num_windows: int):
+    return (slice(i, i + WINDOWS_PER_CHUNK) for i in range(0, num_windows, WINDOWS_PER_CHUNK))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Span search
+
+
+class _Candidates(NamedTuple):
+    """Possible answers, one entry each, sorted by example."""
+
+    example: np.ndarray
+    score: np.ndarray  # float32, start_logit + end_logit
+    start_logit: np.ndarray
+    end_logit: np.ndarray
+    char_start: np.ndarray  # -1 if the answer is no span of the context
+    char_end: np.ndarray
+
+
+def _best_spans(start_logits, end_logits, windows: _Windows, n_best_size: int, max_answer_length: int) -> _Candidates:
+    """The `n_best_size` best spans of each window, best first, windows one after the other."""
+    chunks = []
+    for chunk in _chunks(len(windows.row)):
+        w = _Windows(*(column[chunk, None] for column in windows[:6]), windows.char_starts, windows.char_ends)
+        inside = np.arange(start_logits.shape[1]) < w.length
+        start_logit, start = _largest(start_logits[w.row[:, 0]], inside, n_best_size)  # (windows, n)
+        end_logit, end = _largest(end_logits[w.row[:, 0]], inside, n_best_size)
+
+        score = start_logit[:, :, None] + end_logit[:, None, :]  # (windows, n, n)
+        length = end[:, None, :] - start[:, :, None] + 1
+        valid = ((start >= w.context_start) & (start < w.context_end))[:, :, None] & (end < w.context_end)[:, None, :]
+        valid &= (length >= 1) & (length <= max_answer_length) & (score > -np.inf)
+        flat = (len(score), score.shape[1] * score.shape[2])
+        score, pair = _largest(score.reshape(flat), valid.reshape(flat), n_best_size)  # (windows, n)
+        found, rank = np.nonzero(pair >= 0)
+        start_rank, end_rank = np.divmod(pair[found, rank], end.shape[1])
+
+        char_index = w.char_index[found, 0]
+        chunks.append(
+            _Candidates(
+                example=w.example[found, 0],
+                score=score[found, rank],
+                start_logit=start_logit[found, start_rank],
+                end_logit=end_logit[found, end_rank],
+                char_start=w.char_starts[char_index + start[found, start_rank]],
+                char_end=w.char_ends[char_index + end[found, end_rank]],
+            )
+        )
+    return _Candidates(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+
+
+def _largest(values: np.ndarray, valid: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n largest valid float32 values of each row and their columns, descending; equal values by column.
+
+    values, valid: (rows, columns). Returns values and columns (rows, min(n, columns)); the column is -1, and the value
+    -inf, where a row has fewer than n valid ones.
+    """
+    num_columns = values.shape[1]
+    n = min(n, num_columns)
+    # One integer a value that sorts like (value, lower column first) makes partition and sort exact about ties:
+    # the bits of a float32, read as an integer, sort like the float if those of negative ones are flipped.
+    bits = (values + np.float32(0.0)).view(np.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32
+    keys |= np.arange(num_columns - 1, -1, -1)
+    keys[~valid] = np.iinfo(np.int64).min
+    top = np.sort(np.partition(keys, num_columns - n, axis=1)[:, num_columns - n :], axis=1)[:, ::-1]
+    columns = num_columns - 1 - (top & 0xFFFFFFFF)
+    found = top != np.iinfo(np.int64).min
+    return np.where(found, np.take_along_axis(values, columns, axis=1), -np.inf), np.where(found, columns, -1)
+
+
+def _null_answers(start_logits, end_logits, windows: _Windows) -> _Candidates:
+    """The null answer of each example: of its windows, the one with the lowest score (the first if several have it)."""
+    start_logit, end_logit = start_logits[windows.row, 0], end_logits[windows.row, 0]
+    lowest_first = np.lexsort((start_logit + end_logit, windows.example))
+    example, first = np.unique(windows.example[lowest_first], return_index=True)
+    lowest = lowest_first[first]
+    return _not_a_span(example, start_logit[lowest], end_logit[lowest])
+
+
+def _not_a_span(example, start_logit, end_logit) -> _Candidates:
+    nowhere = np.full(len(example), -1)
+    return _Candidates(example, start_logit + end_logit, start_logit, end_logit, nowhere, nowhere)
+
+
+def _n_best(spans: _Candidates, nulls: _Candidates | None, n_best_size: int, num_examples: int) -> _Candidates:
+    """The n-best list of each example. The null answer is never cut off: where it ranks lower, it is one more."""
+    if nulls is not None:
+        spans = _Candidates(*(np.concatenate(columns) for columns in zip(spans, nulls, strict=True)))
+    # lexsort is stable: equal scores keep the order of windows and ranks, and the null answer comes last among equals.
+    best_first = np.lexsort((-spans.score, spans.example))
+    candidates = _Candidates(*(column[best_first] for column in spans))
+    bounds = np.searchsorted(candidates.example, np.arange(num_examples))
+    rank = np.arange(len(candidates.example)) - bounds[candidates.example]
+    keep = (rank < n_best_size) | (candidates.char_start < 0)
+    candidates = _Candidates(*(column[keep] for column in candidates))
+
+    answered = np.zeros(num_examples, dtype=bool)
+    answered[candidates.example[candidates.char_end > candidates.char_start]] = True
+    unanswered = np.flatnonzero(~answered)
+    if not len(unanswered):
+        return candidates
+    zeros = np.zeros(len(unanswered), dtype=np.float32)
+    first = np.searchsorted(candidates.example, unanswered)
+    empty = _not_a_span(unanswered, zeros, zeros)
+    return _Candidates(*(np.insert(c, first, e) for c, e in zip(candidates, empty, strict=True)))
+
+
+def _to_predictions(
+    candidates: _Candidates,
+    nulls: _Candidates | None,
+    ids: list[str],
+    contexts: list[str],
+    null_score_diff_threshold: float,
+) -> QAPredictions:
+    if not ids:
+        return QAPredictions({}, {}, None if nulls is None else {}, {})
+    bounds = np.searchsorted(candidates.example, np.arange(len(ids) + 1))
+    score = candidates.score.astype(np.float64)
+    exp = np.exp(score - np.maximum.reduceat(score, bounds[:-1])[candidates.example])
+    probability = exp / np.add.reduceat(exp, bounds[:-1])[candidates.example]
+
+    texts = [
+        contexts[example][start:end]
+        for example, start, end in zip(
+            candidates.example.tolist(), candidates.char_start.tolist(), candidates.char_end.tolist(), strict=True
+        )
+    ]
+    starts, ends = candidates.char_start.tolist(), candidates.char_end.tolist()
+    for i in np.flatnonzero(candidates.char_start < 0).tolist():
+        starts[i] = ends[i] = None
+    entries = [
+        {"text": t, "probability": p, "start_logit": sl, "end_logit": el, "start": s, "end": e}
+        for t, p, sl, el, s, e in zip(
+            texts,
+            probability.tolist(),
+            candidates.start_logit.tolist(),
+            candidates.end_logit.tolist(),
+            starts,
+            ends,
+            strict=True,
+        )
+    ]
+    edges = bounds.tolist()
+    n_best = {id_: entries[a:b] for id_, a, b in zip(ids, edges, edges[1:], strict=False)}
+    first_texts = {id_: texts[a] for id_, a in zip(ids, edges, strict=False)}
+    if nulls is None:
+        return QAPredictions(answers=first_texts, n_best=n_best, null_odds=None, best_non_null=first_texts)
+
+    # The best answer that is not empty; where no span is, the placeholder that _n_best put first.
+    spans = np.flatnonzero(candidates.char_end > candidates.char_start)
+    best = bounds[:-1].copy()
+    with_span, first = np.unique(candidates.example[spans], return_index=True)
+    best[with_span] = spans[first]
+    odds = (nulls.score - candidates.start_logit[best] - candidates.end_logit[best]).tolist()
+    best_non_null = {id_: texts[i] for id_, i in zip(ids, best.tolist(), strict=True)}
+    null_odds = dict(zip(ids, odds, strict=True))
+    answers = {id_: "" if null_odds[id_] > null_score_diff_threshold else text for id_, text in best_non_null.items()}
+    return QAPredictions(answers, n_best, null_odds, best_non_null)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_predictions(qa_predictions: QAPredictions, output_dir: str, prefix: str) -> None:
+    """Write {prefix}_predictions.json, {prefix}_nbest_predictions.json and, for version 2, {prefix}_null_odds.json."""
+    os.makedirs(output_dir, exist_ok=True)
+    write_json(os.path.join(output_dir, f"{prefix}_predictions.json"), qa_predictions.answers)
+    write_json(os.path.join(output_dir, f"{prefix}_nbest_predictions.json"), qa_predictions.n_best)
+    if qa_predictions.null_odds is not None:
+        write_json(os.path.join(output_dir, f"{prefix}_null_odds.json"), qa_predictions.null_odds)
+
+
+def write_json(path: str, obj) -> None:
+    """Write `obj` as JSON (indent 4, ASCII). A reader sees the old file or the new one, never a part of it.
+
+    Raises ValueError for NaN and infinity, which are not JSON.
+    """
+    text = json.dumps(obj, indent=4, allow_nan=False) + "\n"
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except BaseException:
+        if os.path.exists(partial):
+            os.remove(partial)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metric
+
+
+def squad_scores(
+    examples: datasets.Dataset, qa_predictions: QAPredictions, null_score_diff_threshold: float = 0.0
+) -> dict[str, float]:
+    """Compare the answers with the gold answers of `examples` (columns id, answers); see `SquadMetric` for the keys.
+
+    For version 2 the best non-null answers are scored, replaced by "" where null odds > the threshold; those are the
+    answers that `postprocess_qa_predictions` gives with the same threshold.
+    """
+    if "answers" not in examples.column_names:
+        raise ValueError("the examples have no gold answers (column answers): predict them, they cannot be evaluated")
+    ids = _column(examples, "id").to_pylist()
+    golds = pc.struct_field(_column(examples, "answers"), "text").to_pylist()
+    return _squad_evaluate(
+        ids, golds, qa_predictions.best_non_null, qa_predictions.null_odds, null_score_diff_threshold
+    )
+
+
+class SquadMetric(evaluate.Metric):
+    """The official SQuAD metric for both versions, as transformers 4's `squad_evaluate` computes it. Needs no network.
+
+    `compute(predictions=[{id, prediction_text, no_answer_probability}], references=[{id, answers: {text,
+    answer_start}}], no_answer_threshold=1.0)`. A reference without an answer text is a question without an answer.
+    `no_answer_probability` is any number that grows with the belief that there is no answer (null odds will do), None
+    for version 1. Where it exceeds `no_answer_threshold`, the prediction counts as "".
+
+    Returns, in percent: exact, f1, total; the same with prefix HasAns_ and NoAns_ where there are such questions; for
+    version 2 best_exact, best_exact_thresh, best_f1, best_f1_thresh: the best scores that any threshold reaches.
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="Rajpurkar et al. 2016, 2018: SQuAD, 100,000+ Questions for Machine Comprehension of Text",
+            features=datasets.Features(
+                {
+                    "predictions": {
+                        "id": datasets.Value("string"),
+                        "prediction_text": datasets.Value("string"),
+                        "no_answer_probability": datasets.Value("float64"),
+                    },
+                    "references": {
+                        "id": datasets.Value("string"),
+                        "answers": {
+                            "text": datasets.List(datasets.Value("string")),
+                            "answer_start": datasets.List(datasets.Value("int32")),
+                        },
+                    },
+                }
+            ),
+        )
+
+    def _compute(self, predictions, references, no_answer_threshold=1.0):
+        texts = {p["id"]: p["prediction_text"] for p in predictions}
+        odds = {p["id"]: p["no_answer_probability"] for p in predictions if p["no_answer_probability"] is not None}
+        ids = [r["id"] for r in references]
+        golds = [r["answers"]["text"] for r in references]
+        return _squad_evaluate(ids, golds, texts, odds or None, no_answer_threshold)
+
+
+def _squad_evaluate(
+    ids: list[str],
+    golds: list[list[str]],
+    predictions: dict[str, str],
+    null_odds: dict[str, float] | None,
+    threshold: float,
+) -> dict[str, float]:
+    if not ids:
+        raise ValueError("there is no question to evaluate: give an evaluation set that is not empty")
+    for name, by_id in (("answer", predictions), ("null odds", null_odds)):
+        missing = [] if by_id is None else [id_ for id_ in ids if id_ not in by_id]
+        if missing:
+            raise ValueError(f"{len(missing)} questions have no {name} (first ids: {', '.join(missing[:5])})")
+    texts = [predictions[id_] for id_ in ids]
+    exact, f1 = _raw_scores(golds, texts)
+    has_answer = [bool(gold) for gold in golds]
+    sweep = {}
+    if null_odds is not None:
+        odds = [null_odds[id_] for id_ in ids]
+        sweep["best_exact"], sweep["best_exact_thresh"] = _best_threshold(exact, has_answer, odds)
+        sweep["best_f1"], sweep["best_f1_thresh"] = _best_threshold(f1, has_answer, odds)
+        null = [odd > threshold for odd in odds]
+        exact, f1 = (
+            [float(not a) if n else s for s, n, a in zip(scores, null, has_answer, strict=True)]
+            for scores in (exact, f1)
+        )
+    metrics = _mean_scores(exact, f1)
+    for prefix, wanted in (("HasAns", True), ("NoAns", False)):
+        rows = [i for i, answer in enumerate(has_answer) if answer is wanted]
+        if rows:
+            part = _mean_scores([exact[i] for i in rows], [f1[i] for i in rows])
+            metrics.update({f"{prefix}_{key}": value for key, value in part.items()})
+    return metrics | sweep
+
+
+def _mean_scores(exact: list[float], f1: list[float]) -> dict[str, float]:
+    total = len(exact)
+    return {"exact": 100.0 * sum(exact) / total, "f1": 100.0 * sum(f1) / total, "total": total}
+
+
+def _best_threshold(scores: list[float], has_answer: list[bool], null_odds: list[float]) -> tuple[float, float]:
+    """Best mean score (percent) that a threshold on the null odds reaches, and the lowest such threshold.
+
+    A question counts its score where its odds are at most the threshold, else 1 if it has no answer and 0 if it has.
+    """
+    odds = np.asarray(null_odds, dtype=np.float64)
+    null_score = 1.0 - np.asarray(has_answer, dtype=np.float64)
+    thresholds, rank = np.unique(odds, return_inverse=True)
+    gain = np.bincount(rank, weights=np.asarray(scores) - null_score)
+    total = np.cumsum(np.concatenate([[null_score.sum()], gain]))  # total[i]: the i lowest odds are answered
+    best = int(np.argmax(total))
+    # Answering nothing takes a threshold below all odds: 0, as ever, where all odds are above it.
+    nothing = 0.0 if thresholds[0] > 0.0 else float(np.nextafter(thresholds[0], -np.inf))
+    return 100.0 * float(total[best]) / len(scores), nothing if best == 0 else float(thresholds[best - 1])
+
+
+def _raw_scores(golds: list[list[str]], texts: list[str]) -> tuple[list[int], list[float]]:
+    """Exact match and F1 of each text against the gold answer that suits it best."""
+    normalized = {}
+
+    def normalize(text):
+        if text not in normalized:
+            normalized[text] = normalize_answer(text)
+        return normalized[text]
+
+    exact, f1 = [], []
+    for answers, text in zip(golds, texts, strict=True):
+        prediction = normalize(text)
+        # An answer of punctuation and articles only is none; without any, the right prediction is empty.
+        answers = {a for a in map(normalize, answers) if a} or {""}
+        if prediction in answers:
+            exact.append(1)
+            f1.append(1.0)
+        else:
+            exact.append(0)
+            f1.append(max(_f1(answer.split(), prediction.split()) for answer in answers))
+    return exact, f1
+
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, English articles and surplus white space (official SQuAD evaluation)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def _f1(gold_tokens: list[str], predicted_tokens: list[str]) -> float:
+    common = sum((Counter(gold_tokens) & Counter(predicted_tokens)).values())
+    if not common:
+        return 0.0
+    precision = common / len(predicted_tokens)
+    recall = common / len(gold_tokens)
+    return 2 * precision * recall / (precision + recall)
