@@ -4,9 +4,19 @@ This one file is all that a saved model needs besides transformers: `save_pretra
 `AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=True)` imports it from there.
 """
 
+import json
+import os
+
 import torch
+import transformers
 from torch import nn
-from transformers import BertConfig
+
+if transformers.__version__.startswith("4."):  # before the imports that 4 does not have
+    raise ImportError(
+        "this file is for transformers 5; 4 has relative positions of its own: load without trust_remote_code"
+    )
+
+from transformers import BertConfig, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import (
     BertEmbeddings,
@@ -160,6 +170,52 @@ def check_attention_implementation(attn_implementation) -> None:
             f"attn_implementation {attn_implementation!r} cannot take the bias of relative positions: "
             f"use {' or '.join(ATTENTION_IMPLEMENTATIONS)}"
         )
+
+
+def resolve_position_embedding_type(config: PreTrainedConfig, requested: str | None = None) -> str:
+    """The position type to build a checkpoint's model with: `requested`, or where that is None the checkpoint's own.
+
+    Raises ValueError for an unknown type, a relative one of a model that is not BERT, and absolute positions of a
+    checkpoint that was trained without them.
+    """
+    own = getattr(config, "position_embedding_type", None) or "absolute"
+    position_type = requested or own
+    name = config.name_or_path or "the checkpoint"
+    if position_type not in POSITION_EMBEDDING_TYPES:
+        raise ValueError(
+            f"position_embedding_type {position_type!r} is unknown: use one of {', '.join(POSITION_EMBEDDING_TYPES)}"
+        )
+    if position_type in RELATIVE_TYPES and config.model_type != "bert":
+        raise ValueError(
+            f"position_embedding_type {position_type} is for BERT, but {name} is of model_type {config.model_type}: "
+            "use absolute, or a BERT checkpoint"
+        )
+    if position_type == "absolute" and own in RELATIVE_TYPES:
+        raise ValueError(
+            f"{name} was trained with {own} and has no trained absolute positions: leave position_embedding_type out, "
+            f"or use {' or '.join(RELATIVE_TYPES)}"
+        )
+    return position_type
+
+
+def rename_extra_special_tokens(folder: str | os.PathLike) -> None:
+    """Lets transformers 4 load a tokenizer that transformers 5 saved in `folder`; 5 reads either name.
+
+    The further special tokens are a list named extra_special_tokens in 5; 4 has them as additional_special_tokens, and
+    fails on a list of the other name. Without such tokens, or without a tokenizer in `folder`, nothing changes.
+    """
+    path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+    if not isinstance(settings.get("extra_special_tokens"), list):
+        return
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=2, ensure_ascii=False, sort_keys=True)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
 
 
 RelativeBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
