@@ -60,6 +60,8 @@ TRAINING_SETTINGS = """
 class ModelArguments:
     """Which model, and from where."""
 
+    _argument_group_name = "model"
+
     model_name_or_path: str = field(metadata={"help": "A folder or the name of a model on the hub."})
     config_name: str | None = field(
         default=None, metadata={"help": "Configuration folder or name, where it is not the model's."}
@@ -90,6 +92,8 @@ class ModelArguments:
 @dataclass
 class DataTrainingArguments:
     """Which questions, and how they become windows and answers."""
+
+    _argument_group_name = "questions and answers"
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the hub, such as squad."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
@@ -140,6 +144,8 @@ class DataTrainingArguments:
 @dataclass
 class QATrainingArguments(TrainingArguments):
     """transformers' own, with what question answering needs."""
+
+    _argument_group_name = "the run (transformers' TrainingArguments and, at the end, two of ours)"
 
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -301,7 +307,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
     argv, notices = translate_flags(argv)
     parser = HfArgumentParser(
         (ModelArguments, DataTrainingArguments, QATrainingArguments),
-        usage="run_squad.py --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",
+        prog="run_squad.py",
+        usage="%(prog)s --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
     )
@@ -342,6 +349,7 @@ def set_up_logging(training_args: QATrainingArguments) -> None:
     for library in ("accelerate", "datasets", "evaluate", "filelock", "fsspec", "httpx", "urllib3"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and writing weights; the Trainer's own stay
 
 
 def log_summary(model, examples, features, training_args: QATrainingArguments) -> None:

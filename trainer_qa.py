@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from utils_qa import write_json
@@ -87,6 +87,8 @@ class QuestionAnsweringTrainer(Trainer):
         self._step_losses: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._resumed_from: str | None = None
         self.add_callback(RunGuard(self))
+        if self.pop_callback(ProgressCallback):  # there is none with --disable_tqdm
+            self.add_callback(NamedProgress)
 
     # ---- Order of the windows ----
 
@@ -349,6 +351,31 @@ class RunGuard(TrainerCallback):
             control.should_log = control.should_evaluate = False  # stopped within the epoch
         if self.save_at_epoch_end:
             control.should_save, self.save_at_epoch_end = True, False
+
+
+class NamedProgress(ProgressCallback):
+    """The Trainer's progress bars with their names, and one line a log entry."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("Training")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+        if self.prediction_bar is not None and not self.prediction_bar.desc:
+            self.prediction_bar.set_description("Answering")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or "train_runtime" in logs:  # the sums of the run are printed as a table
+            return
+        shown = {
+            name: value
+            for name, value in logs.items()
+            if isinstance(value, float) and name not in ("epoch", "total_flos")
+        }
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.training_bar.write(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {numbers}")
 
 
 def whole_checkpoints(output_dir: str | os.PathLike) -> list[str]:

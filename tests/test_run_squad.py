@@ -1,0 +1,247 @@
+"""The whole program on data and models that take seconds: what it writes, prints, resumes and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_bert, tiny_questions
+from transformers import RobertaConfig, RobertaForQuestionAnswering
+
+import run_squad
+
+ROOT = Path(run_squad.__file__).parent
+QUICK = "--max_seq_length 48 --doc_stride 16 --num_train_epochs 1 --per_device_train_batch_size 4 --use_cpu".split()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Files and models that the tests only read."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "absolute": tiny_bert(folder / "absolute"),
+        "relative_key": tiny_bert(folder / "relative_key", "relative_key"),
+        "train": tiny_questions(folder / "train.json", paragraphs=6),
+        "dev": tiny_questions(folder / "dev.json", paragraphs=3),
+        "dev_v2": tiny_questions(folder / "dev_v2.json", paragraphs=3, version_2=True),
+        "test": tiny_questions(folder / "test.json", paragraphs=2, answers=False),
+    }
+
+
+def read(*path):
+    return json.loads(Path(*path).read_text(encoding="utf-8"))
+
+
+def printed_metrics(capsys) -> dict:
+    out = capsys.readouterr().out
+    return json.loads(out[out.rindex("\n{\n") + 1 :] if "\n{\n" in out else out[out.index("{") :])
+
+
+def refusal(capsys, *argv: str) -> str:
+    """Runs a command that must be refused; returns its one line."""
+    with pytest.raises(SystemExit) as exit_status:
+        run_squad.main(list(argv))
+    assert exit_status.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("run_squad.py: error: ")
+    return line
+
+
+def test_train_evaluate_predict_write_every_file(inputs, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(out), *QUICK]
+    argv += ["--position_embedding_type", "relative_key_query", "--do_train", "--do_eval", "--do_predict"]
+    argv += ["--train_file", inputs["train"], "--validation_file", inputs["dev"], "--test_file", inputs["test"]]
+    run_squad.main(argv)
+
+    metrics = printed_metrics(capsys)
+    assert list(metrics) == ["exact", "f1", "total", "HasAns_exact", "HasAns_f1", "HasAns_total"]
+    assert metrics["total"] == metrics["HasAns_total"] == 6
+
+    assert read(out, "config.json")["position_embedding_type"] == "relative_key_query"
+    assert read(out, "config.json")["architectures"] == ["BertForQuestionAnswering"]
+    assert read(out, "train_results.json")["train_samples"] == 12
+    results = read(out, "eval_results.json")
+    assert results["eval_f1"] == metrics["f1"] and results["eval_samples"] == 6
+    assert "predict_samples" in read(out, "predict_results.json") and not any(
+        key.endswith("f1") for key in read(out, "predict_results.json")
+    )
+    everything = read(out, "all_results.json")
+    assert everything["eval_f1"] == metrics["f1"] and everything["train_samples"] == 12
+    assert read(out, "trainer_state.json")["global_step"] == 3
+    assert (out / "tokenizer_config.json").exists() and (out / "model.safetensors").exists()
+    for prefix, ids in (("eval", {f"dev-{p}-{q}" for p in range(3) for q in range(2)}), ("predict", {"test-0-0"})):
+        assert ids <= read(out, f"{prefix}_predictions.json").keys()
+        n_best = read(out, f"{prefix}_nbest_predictions.json")
+        assert all(entry["probability"] <= 1 for entries in n_best.values() for entry in entries)
+        assert not (out / f"{prefix}_null_odds.json").exists()
+
+    # The trained model's own folder is where one evaluates it; the numbers are the same.
+    argv = ["--model_name_or_path", str(out), "--output_dir", str(out), "--do_eval", "--validation_file", inputs["dev"]]
+    run_squad.main([*argv, *QUICK])
+    assert printed_metrics(capsys) == metrics
+
+    # Training into it is not, unless asked for.
+    argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(out), *QUICK]
+    argv += ["--do_train", "--train_file", inputs["train"]]
+    weights = (out / "model.safetensors").read_bytes()
+    assert "holds a finished run" in refusal(capsys, *argv)
+    assert (out / "model.safetensors").read_bytes() == weights
+    run_squad.main([*argv, "--overwrite_output_dir"])
+    assert (out / "model.safetensors").read_bytes() != weights
+
+
+def test_version_2_scores_questions_without_an_answer(inputs, tmp_path, capsys):
+    argv = ["--model_name_or_path", inputs["relative_key"], "--output_dir", str(tmp_path), *QUICK, "--do_eval"]
+    run_squad.main([*argv, "--validation_file", inputs["dev_v2"], "--version_2_with_negative"])
+    metrics = printed_metrics(capsys)
+    assert (metrics["total"], metrics["HasAns_total"], metrics["NoAns_total"]) == (6, 3, 3)
+    assert {"best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh"} <= metrics.keys()
+    assert read(tmp_path, "eval_null_odds.json").keys() == read(tmp_path, "eval_predictions.json").keys()
+
+
+def test_one_json_file_is_the_same_as_flags(inputs, tmp_path, capsys):
+    argv = ["--model_name_or_path", inputs["absolute"], "--do_eval", "--validation_file", inputs["dev"], *QUICK]
+    run_squad.main([*argv, "--output_dir", str(tmp_path / "flags")])
+    from_flags = printed_metrics(capsys)
+    arguments = {
+        "model_name_or_path": inputs["absolute"],
+        "do_eval": True,
+        "validation_file": inputs["dev"],
+        "max_seq_length": 48,
+        "doc_stride": 16,
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "json"),
+    }
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    run_squad.main([str(tmp_path / "arguments.json")])
+    assert printed_metrics(capsys) == from_flags
+    assert read(tmp_path, "json", "eval_predictions.json") == read(tmp_path, "flags", "eval_predictions.json")
+
+
+def test_same_command_same_numbers(inputs, tmp_path):
+    for name in ("one", "two"):
+        argv = ["--model_name_or_path", inputs["relative_key"], "--output_dir", str(tmp_path / name), *QUICK]
+        argv += ["--do_train", "--do_eval", "--train_file", inputs["train"], "--validation_file", inputs["dev"]]
+        run_squad.main(argv)
+    for file in ("model.safetensors", "eval_nbest_predictions.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_samples_count_questions(inputs, tmp_path):
+    argv = [
+        "--model_name_or_path",
+        inputs["absolute"],
+        "--output_dir",
+        str(tmp_path),
+        *QUICK,
+        "--do_train",
+        "--do_eval",
+    ]
+    argv += ["--train_file", inputs["train"], "--validation_file", inputs["dev"]]
+    # Windows of 16 tokens: each question has several.
+    argv += ["--max_seq_length", "20", "--doc_stride", "4", "--max_train_samples", "5", "--max_eval_samples", "2"]
+    run_squad.main(argv)
+    assert len(read(tmp_path, "eval_predictions.json")) == read(tmp_path, "eval_results.json")["eval_total"] == 2
+    assert read(tmp_path, "train_results.json")["train_samples"] > 5
+
+
+def test_relative_positions_start_from_an_absolute_checkpoint(inputs, caplog):
+    model_args = run_squad.ModelArguments(inputs["absolute"], position_embedding_type="relative_key")
+    with caplog.at_level("INFO", logger="run_squad"):
+        model = run_squad.load_model(model_args, run_squad.load_config(model_args))
+    new = "bert.encoder.layer.0.attention.self.distance_embedding.weight"
+    assert caplog.text.count("New parameters") == 1 and new in caplog.text and "qa_outputs" not in caplog.text
+    loaded = load_file(Path(inputs["absolute"], "model.safetensors"))
+    for name, parameter in model.state_dict().items():
+        assert name == new or torch.equal(parameter, loaded[name]), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--do_eval --validation_file {missing}", ["missing.json"]),
+        ("--do_eval --validation_file {empty}", ["empty.json"]),
+        ("--do_eval --validation_file {text}", ["text.json", "JSON"]),
+        ("--do_eval --validation_file {layout}", ["layout.json", "data"]),
+        ("--do_eval --validation_file {no_context}", ["no_context.json", "context"]),
+        ("--do_eval --validation_file {duplicates}", ["duplicates.json", "twice-1"]),
+        ("--do_eval --validation_file {test}", ["test.json", "answers"]),
+        ("--do_train", ["--do_train", "--train_file"]),
+        ("--do_eval", ["--do_eval", "--validation_file"]),
+        ("--do_predict", ["--do_predict", "--test_file"]),
+        ("", ["--do_train"]),
+        ("--do_eval --validation_file {dev} --doc_stride 60", ["doc_stride", "60"]),
+        ("--do_eval --validation_file {dev} --max_seq_length 65", ["--max_seq_length", "65", "64"]),
+        ("--do_eval --validation_file {dev} --position_embedding_type sinus", ["position_embedding_type", "sinus"]),
+        ("--do_eval --validation_file {dev} --n_best_size 0", ["--n_best_size", "0"]),
+        ("--do_eval --validation_file {dev} --max_seq_lenght 40", ["--max_seq_lenght", "--max_seq_length"]),
+        ("--do_eval --validation_file {dev} --lang_id 3", ["--lang_id"]),
+        ("--do_eval --validation_file {dev} --enable_jit_checkpoint", ["--enable_jit_checkpoint"]),
+        ("--do_eval --validation_file {dev} --load_best_model_at_end --eval_strategy steps --eval_steps 9 "
+         "--save_steps 9 --metric_for_best_model f2", ["--metric_for_best_model", "f2"]),
+        ("--do_eval --validation_file {dev} --tokenizer_name {nowhere}", ["nowhere"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_before_training(inputs, tmp_path, capsys, flags, says):
+    bad_question = {"id": "twice-1", "question": "who ?", "answers": []}
+    nested = {"title": "t", "paragraphs": [{"context": "anna .", "qas": [bad_question, bad_question]}]}
+    contents = {
+        "empty": "",
+        "text": "where does anna live ?",
+        "layout": '{"questions": []}',
+        "no_context": json.dumps({"data": [{"title": "t", "paragraphs": [{"qas": [bad_question]}]}]}),
+        "duplicates": json.dumps({"data": [nested]}),
+    }
+    files = {name: str(tmp_path / f"{name}.json") for name in [*contents, "missing", "nowhere"]}
+    for name, content in contents.items():
+        Path(files[name]).write_text(content)
+    argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(tmp_path / "out")]
+    argv += ["--max_seq_length", "48", "--doc_stride", "16", "--use_cpu", *flags.format(**files, **inputs).split()]
+    line = refusal(capsys, *argv)
+    assert all(word in line for word in says), line
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_position_types_that_do_not_suit_the_model_are_refused(inputs, tmp_path, capsys):
+    argv = ["--output_dir", str(tmp_path / "out"), "--do_eval", "--validation_file", inputs["dev"], *QUICK]
+    line = refusal(
+        capsys, "--model_name_or_path", inputs["relative_key"], "--position_embedding_type", "absolute", *argv
+    )
+    assert "relative_key" in line and "absolute" in line
+    config = RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    RobertaForQuestionAnswering(config).save_pretrained(tmp_path / "roberta")
+    argv += ["--tokenizer_name", inputs["absolute"], "--position_embedding_type", "relative_key"]
+    assert "roberta" in refusal(capsys, "--model_name_or_path", str(tmp_path / "roberta"), *argv)
+
+
+def test_someone_elses_folder_is_not_trained_into(inputs, tmp_path, capsys):
+    argv = ["--model_name_or_path", inputs["absolute"], "--do_train", "--train_file", inputs["train"], *QUICK]
+    (tmp_path / "config.json").write_text("{}")
+    assert "config.json" in refusal(capsys, *argv, "--output_dir", str(tmp_path))
+
+
+def test_misplaced_answers_are_left_out_of_training_and_named(inputs, tmp_path, capsys):
+    data = read(inputs["train"])
+    question = data["data"][0]["paragraphs"][0]["qas"][1]
+    question["answers"][0]["answer_start"] += 1
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(tmp_path / "out"), *QUICK, "--do_train"]
+    run_squad.main([*argv, "--train_file", str(tmp_path / "train.json")])
+    assert f"first ids: {question['id']}" in capsys.readouterr().err
+    assert read(tmp_path, "out", "train_results.json")["train_samples"] == 11
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_model_with_two_processes(inputs, tmp_path):
+    argv = ["--model_name_or_path", inputs["relative_key"], "--output_dir", str(tmp_path / "out"), *QUICK]
+    argv += ["--do_train", "--do_eval", "--train_file", inputs["train"], "--validation_file", inputs["dev"]]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(ROOT / "run_squad.py"), *argv], capture_output=True, text=True, check=True)
+    assert read(tmp_path, "out", "trainer_state.json")["global_step"] == 2  # 12 windows, 2 processes, batches of 4
+    assert read(tmp_path, "out", "eval_results.json")["eval_total"] == 6
+    assert done.stdout.count('"exact"') == 1
+    assert "2 process(es)" in done.stderr

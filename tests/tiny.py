@@ -1,0 +1,56 @@
+"""Small data and models for the tests of the whole program: they learn nothing, and take seconds."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+
+from modeling_relative_bert import RelativeBertForQuestionAnswering
+
+TOWNS = "paris rome berlin madrid vienna lisbon athens dublin".split()
+PEOPLE = "anna ben clara david emma frank grace henry".split()
+WORDS = (
+    "where does who in live lives works as and a the baker doctor writer . ? , every day goes to market by bus".split()
+)
+
+
+def tiny_bert(folder: Path, position_embedding_type: str = "absolute", max_positions: int = 64, seed: int = 0) -> str:
+    """Saves a BERT of one layer with random weights, and its tokenizer; returns the folder's name."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TOWNS, *PEOPLE, *WORDS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), model_max_length=max_positions).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=max_positions,
+        position_embedding_type=position_embedding_type,
+    )
+    torch.manual_seed(seed)
+    absolute = position_embedding_type == "absolute"
+    model = BertForQuestionAnswering(config) if absolute else RelativeBertForQuestionAnswering(config)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_questions(file: Path, paragraphs: int = 4, version_2: bool = False, answers: bool = True) -> str:
+    """Writes a SQuAD file with two questions a paragraph, (in version 2 one of them without an answer)."""
+    articles = []
+    for p in range(paragraphs):
+        person, town = PEOPLE[p % 8], TOWNS[(3 * p) % 8]
+        context = f"{person} lives in {town} and works as a baker . every day {person} goes to the market by bus ."
+        questions = [("where does " + person + " live ?", town), ("who lives in " + town + " ?", person)]
+        qas = []
+        for q, (question, answer) in enumerate(questions):
+            qas.append({"id": f"{file.stem}-{p}-{q}", "question": question})
+            if answers:
+                impossible = version_2 and q == 1
+                gold = [{"text": answer, "answer_start": context.index(answer)}]
+                qas[-1].update({"answers": [] if impossible else gold, "is_impossible": impossible})
+        articles.append({"title": f"town {p}", "paragraphs": [{"context": context, "qas": qas}]})
+    file.write_text(json.dumps({"version": "tiny", "data": articles}))
+    return str(file)
