@@ -1,0 +1,229 @@
+"""The three published commands, as published, with tiny stand-ins for the hub's models and its squad."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from math import ceil
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from hub_cache import cache_dataset, cache_model
+from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+
+from data_qa import EXAMPLE_FEATURES
+from modeling_relative_bert import RelativeBertForQuestionAnswering
+
+ROOT = Path(__file__).parent.parent
+TRAIN_QUESTIONS, VALIDATION_QUESTIONS = 24, 7
+
+# recipe -> (position type, train batch, accumulation steps, output_dir, the published text)
+PUBLISHED = {
+    "train_base_relative_key_query.sh": (
+        "relative_key_query",
+        6,
+        1,
+        "relative_squad",
+        r"""export CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7
+torchrun --nproc_per_node=8 ./examples/question-answering/run_squad.py \
+    --model_name_or_path zhiheng-huang/bert-base-uncased-embedding-relative-key-query \
+    --dataset_name squad \
+    --do_train \
+    --do_eval \
+    --learning_rate 3e-5 \
+    --num_train_epochs 2 \
+    --max_seq_length 512 \
+    --doc_stride 128 \
+    --output_dir relative_squad \
+    --per_device_eval_batch_size=60 \
+    --per_device_train_batch_size=6
+""",
+    ),
+    "train_large_relative_key_query.sh": (
+        "relative_key_query",
+        2,
+        3,
+        "relative_squad",
+        r"""export CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7
+torchrun --nproc_per_node=8 ./examples/question-answering/run_squad.py \
+    --model_name_or_path zhiheng-huang/bert-large-uncased-whole-word-masking-embedding-relative-key-query \
+    --dataset_name squad \
+    --do_train \
+    --do_eval \
+    --learning_rate 3e-5 \
+    --num_train_epochs 2 \
+    --max_seq_length 512 \
+    --doc_stride 128 \
+    --output_dir relative_squad \
+    --per_gpu_eval_batch_size=6 \
+    --per_gpu_train_batch_size=2 \
+    --gradient_accumulation_steps 3
+""",
+    ),
+    "train_large_absolute.sh": (
+        "absolute",
+        3,
+        1,
+        "examples/models/wwm_uncased_finetuned_squad",
+        r"""torchrun --nproc_per_node=8 ./examples/question-answering/run_squad.py \
+    --model_name_or_path google-bert/bert-large-uncased-whole-word-masking \
+    --dataset_name squad \
+    --do_train \
+    --do_eval \
+    --learning_rate 3e-5 \
+    --num_train_epochs 2 \
+    --max_seq_length 384 \
+    --doc_stride 128 \
+    --output_dir ./examples/models/wwm_uncased_finetuned_squad/ \
+    --per_device_eval_batch_size=3   \
+    --per_device_train_batch_size=3   \
+""",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    """A cache folder with the published names: squad, and untrained BERTs of one layer."""
+    root = tmp_path_factory.mktemp("hub")
+    people = "anna boris clara david emil fanny gustav hanna igor julia karl lena".split()
+    places = "athens berlin cairo delhi essen florence geneva hanoi istanbul jakarta".split()
+
+    def questions(split, count):
+        rows = []
+        for i in range(count):
+            person, place = people[i % len(people)], places[i * 7 % len(places)]
+            context = f"In spring {person} went to {place} by train."
+            answers = {"text": [place], "answer_start": [context.index(place)]}
+            question = f"Where did {person} go?"
+            rows.append(
+                {"id": f"{split}-{i}", "title": "", "context": context, "question": question, "answers": answers}
+            )
+        return Dataset.from_list(rows, features=EXAMPLE_FEATURES)
+
+    splits = {"train": questions("train", TRAIN_QUESTIONS), "validation": questions("dev", VALIDATION_QUESTIONS)}
+    cache_dataset(root, "squad", "plain_text", splits)
+
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *people,
+        *places,
+        *"in spring went to by train where did go . ?".split(),
+    ]
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    for position_type, name in [
+        ("relative_key_query", "zhiheng-huang/bert-base-uncased-embedding-relative-key-query"),
+        ("relative_key_query", "zhiheng-huang/bert-large-uncased-whole-word-masking-embedding-relative-key-query"),
+        ("absolute", "google-bert/bert-large-uncased-whole-word-masking"),
+    ]:
+        config = BertConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=512,
+        )
+        config.position_embedding_type = position_type
+        model_class = BertForQuestionAnswering if position_type == "absolute" else RelativeBertForQuestionAnswering
+        folder = root / "made" / name
+        model_class(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        cache_model(root, name, folder)
+    return root
+
+
+def run_in_bash(text: str, folder: Path, hub: Path) -> subprocess.CompletedProcess:
+    script = folder / "command.sh"
+    script.write_text(text)
+    environment = {
+        **os.environ,
+        "HF_HOME": str(hub),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    environment.pop("HF_DATASETS_CACHE", None)
+    return subprocess.run(["bash", str(script)], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def check_published_command(recipe: str, processes: int, folder: Path, hub: Path) -> None:
+    position_type, batch, accumulation_steps, output_dir, text = PUBLISHED[recipe]
+    text = text.replace("./examples/question-answering/run_squad.py", str(ROOT / "run_squad.py"))
+    text = text.replace("--nproc_per_node=8", f"--nproc_per_node={processes}")
+    result = run_in_bash(text, folder, hub)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    printed = json.loads(result.stdout[result.stdout.rindex("{") :])
+    assert list(printed) == ["exact", "f1", "total", "HasAns_exact", "HasAns_f1", "HasAns_total"]
+    assert printed["total"] == printed["HasAns_total"] == VALIDATION_QUESTIONS
+    assert 0 <= printed["exact"] <= printed["f1"] <= 100
+    assert result.stdout.count('"f1"') == 1  # one process prints
+
+    saved = folder / output_dir
+    assert json.loads((saved / "eval_results.json").read_text())["eval_f1"] == printed["f1"]
+    config = json.loads((saved / "config.json").read_text())
+    assert config.get("position_embedding_type", "absolute") == position_type
+    # One question is one window here; all processes together make a batch.
+    steps_per_epoch = ceil(ceil(TRAIN_QUESTIONS / (processes * batch)) / accumulation_steps)
+    assert json.loads((saved / "trainer_state.json").read_text())["global_step"] == 2 * steps_per_epoch
+    assert json.loads((saved / "train_results.json").read_text())["train_samples"] == TRAIN_QUESTIONS
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_published_command(recipe, tmp_path, hub):
+    check_published_command(recipe, 2, tmp_path, hub)
+
+
+@pytest.mark.slow
+def test_published_command_with_all_processes(tmp_path, hub):
+    check_published_command("train_large_relative_key_query.sh", 8, tmp_path, hub)
+
+
+TORCHRUN_THAT_TELLS = """#!/usr/bin/env python3
+import json, os, sys
+print(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), *sys.argv[1:]]))
+"""
+
+
+def told_arguments(command: list[str], folder: Path, **variables) -> list[str]:
+    """CUDA_VISIBLE_DEVICES and the arguments that `command` gives to torchrun."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "torchrun").write_text(TORCHRUN_THAT_TELLS)
+    (folder / "bin" / "torchrun").chmod(0o755)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "NPROC_PER_NODE")}
+    environment = {**inherited, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **variables}
+    return json.loads(subprocess.check_output(command, cwd=folder, env=environment, text=True))
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipe_is_the_published_command(recipe, tmp_path):
+    (tmp_path / "command.sh").write_text(PUBLISHED[recipe][-1])
+    devices, processes, script, *flags = told_arguments(["bash", "command.sh"], tmp_path)
+    executable = str(ROOT / "scripts" / recipe)
+    ours = told_arguments([executable, "--seed", "7", "--run_name", "two words"], tmp_path)
+    assert ours[:2] == [devices, processes]
+    assert os.path.samefile(tmp_path / ours[2], ROOT / "run_squad.py")
+    assert ours[3:] == [*flags, "--seed", "7", "--run_name", "two words"]
+
+
+def test_recipe_on_a_machine_with_fewer_gpus(tmp_path):
+    recipe = str(ROOT / "scripts" / "train_base_relative_key_query.sh")
+    assert told_arguments([recipe], tmp_path, NPROC_PER_NODE="2")[:2] == ["0,1", "--nproc_per_node=2"]
+    # What a scheduler has given stays.
+    given = told_arguments([recipe], tmp_path, NPROC_PER_NODE="2", CUDA_VISIBLE_DEVICES="5,6")
+    assert given[:2] == ["5,6", "--nproc_per_node=2"]
+
+
+def test_all_recipes_are_here():
+    recipes = {path.name for path in (ROOT / "scripts").glob("train_*.sh")}
+    assert recipes == set(PUBLISHED)
+    for recipe in recipes:
+        assert os.access(ROOT / "scripts" / recipe, os.X_OK)
+        assert re.match(r"#!/usr/bin/env bash\n# BERT", (ROOT / "scripts" / recipe).read_text())
