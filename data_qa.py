@@ -5,14 +5,17 @@ Examples come from the hub or from files in any SQuAD layout (`load_examples`). 
 is tokenized once, the windows are sliced with NumPy from flat token arrays, and the result is cached as Arrow on disk.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import os
+import re
 import reprlib
-import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -24,7 +27,6 @@ import pyarrow.compute as pc
 import tokenizers
 import torch
 from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ READER_VERSION = 1
 FEATURES_VERSION = 1
 
 TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer
-WINDOWS_PER_BATCH = 8192  # windows sliced and written at once; bounds the memory of the index arrays
+WINDOWS_PER_BATCH = 8192  # windows sliced at once; bounds the memory of the index arrays
+ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
 
 EXAMPLE_FEATURES = Features(
     {
@@ -173,76 +176,79 @@ def _parse_squad(content: bytes, path: str) -> pa.Table:
 
 
 def _parse_json(content: bytes, path: str) -> Any:
+    """The file's JSON value, or an iterator over the values of its lines."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start}: not UTF-8 text") from error
-    if not text.strip():
+    if not text or text.isspace():
         raise ValueError(f"{path}: is empty")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
+        if error.msg == "Extra data":  # more than one value: JSON lines
+            return _parse_json_lines(text, path)
+        raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: not JSON that can be read: {_one_line(error)}") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        raise ValueError(f"{path}: JSON that cannot be read: {_one_line(error)}") from error
+
+
+def _parse_json_lines(text: str, path: str) -> Iterator[Any]:
+    for number, line in enumerate(re.finditer(r"[^\n]*\n?", text), start=1):
+        if line[0] and not line[0].isspace():
             try:
-                rows.append(json.loads(line))
+                yield json.loads(line[0])
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
             except (RecursionError, ValueError) as error:
-                raise ValueError(f"{path}: line {number}: neither JSON nor JSON lines: {_one_line(error)}") from error
-    return rows
+                raise ValueError(f"{path}: line {number}: JSON that cannot be read: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return reprlib.repr(" ".join(str(error).split())) if not isinstance(error, json.JSONDecodeError) else error.msg
+    return " ".join(str(error).split())
 
 
-def _squad_rows(root: Any, path: str):
+def _squad_rows(root: Any, path: str) -> Iterator[tuple[tuple, str]]:
     """Yields ((id, title, context, question, answers), place): answers is a list of (text, start), or None."""
-    if isinstance(root, dict) and "data" not in root and "context" not in root:
-        raise ValueError(f'{path}: missing key "data"; neither the layout of SQuAD nor flat rows')
     if isinstance(root, dict):
-        items, name = (_typed(root["data"], list, "data", path), "data") if "data" in root else ([root], "row ")
+        if "data" in root:
+            items, name = _typed(root["data"], list, "data", path), "data[{}]"
+        elif "context" in root:
+            items, name = [root], "row {}"
+        else:
+            raise ValueError(f'{path}: missing key "data": neither the layout of SQuAD nor flat rows')
     else:
-        items, name = _typed(root, list, "the file", path), "row "
+        items, name = root if isinstance(root, Iterator) else _typed(root, list, "the file", path), "row {}"
     for i, item in enumerate(items):
-        place = f"{name}[{i}]" if name == "data" else f"{name}{i}"
+        place = name.format(i)
         _typed(item, dict, place, path)
-        if "paragraphs" not in item:
-            if "context" not in item:
-                raise ValueError(
-                    f'{path}: {place}: missing key "paragraphs" (SQuAD\'s layout) or "context" (flat rows)'
-                )
+        title = "" if item.get("title") is None else _string(item, "title", place, path)
+        if "paragraphs" in item:
+            for j, paragraph in enumerate(_typed(item["paragraphs"], list, f"{place}.paragraphs", path)):
+                yield from _paragraph_rows(paragraph, title, f"{place}.paragraphs[{j}]", path)
+        elif "context" in item:
             context = _string(item, "context", place, path)
-            yield _question_row(item, _title(item, place, path), context, place, path), place
-            continue
-        title = _title(item, place, path)
-        for j, paragraph in enumerate(_typed(item["paragraphs"], list, f"{place}.paragraphs", path)):
-            paragraph_place = f"{place}.paragraphs[{j}]"
-            _typed(paragraph, dict, paragraph_place, path)
-            context = _string(paragraph, "context", paragraph_place, path)
-            questions = _required(paragraph, "qas", paragraph_place, path)
-            for k, question in enumerate(_typed(questions, list, f"{paragraph_place}.qas", path)):
-                question_place = f"{paragraph_place}.qas[{k}]"
-                _typed(question, dict, question_place, path)
-                yield _question_row(question, title, context, question_place, path), question_place
+            yield _question_row(item, title, context, place, path), place
+        else:
+            raise ValueError(f'{path}: {place}: missing key "paragraphs" (layout of SQuAD) or "context" (flat rows)')
 
 
-def _title(item: dict, place: str, path: str) -> str:
-    return _string(item, "title", place, path) if "title" in item else ""
+def _paragraph_rows(paragraph: Any, title: str, place: str, path: str) -> Iterator[tuple[tuple, str]]:
+    _typed(paragraph, dict, place, path)
+    context = _string(paragraph, "context", place, path)
+    for k, question in enumerate(_typed(_required(paragraph, "qas", place, path), list, f"{place}.qas", path)):
+        question_place = f"{place}.qas[{k}]"
+        _typed(question, dict, question_place, path)
+        yield _question_row(question, title, context, question_place, path), question_place
 
 
 def _question_row(item: dict, title: str, context: str, place: str, path: str) -> tuple:
     id_ = _required(item, "id", place, path)
     id_ = str(id_) if type(id_) is int else _string(item, "id", place, path)
     question = _string(item, "question", place, path)
-    impossible = _typed(item.get("is_impossible", False), bool, f"{place}.is_impossible", path)
-    if impossible:
+    if item.get("is_impossible") is not None and _typed(item["is_impossible"], bool, f"{place}.is_impossible", path):
         answers = []
-    elif "answers" not in item:
+    elif item.get("answers") is None:
         answers = None
     else:
         answers = _answers(item["answers"], f"{place}.answers", path)
@@ -393,10 +399,10 @@ def make_features(
 
 
 class Texts(NamedTuple):
-    """A column of texts: the distinct ones, and for each row the index of its own."""
+    """A column of texts: the distinct ones, and for each row which of them it holds."""
 
     distinct: pa.Array  # (num_distinct,) string
-    index: np.ndarray  # (num_rows,) int32
+    row: np.ndarray  # (num_rows,) int32
 
 
 class Tokens(NamedTuple):
@@ -405,11 +411,11 @@ class Tokens(NamedTuple):
     offsets: np.ndarray  # (num_texts + 1,) int64
     ids: np.ndarray  # (num_tokens,) int32
     char_starts: np.ndarray  # (num_tokens,) int32
-    char_ends: np.ndarray  # (num_tokens,) int32
+    char_ends: np.ndarray  # (num_tokens,) int32, exclusive
 
 
 class PairTemplate(NamedTuple):
-    """Special tokens around question and context: `before` question `between` context `after`."""
+    """Special tokens around the two texts of a pair: `before` question `between` context `after`."""
 
     before: np.ndarray  # int32 token ids
     between: np.ndarray
@@ -419,6 +425,15 @@ class PairTemplate(NamedTuple):
     after_types: np.ndarray
     question_type: np.int8
     context_type: np.int8
+
+
+class Windows(NamedTuple):
+    """Which part of which context each window holds; all (num_windows,) int64."""
+
+    example: np.ndarray  # row of the example
+    question_length: np.ndarray  # tokens of the question
+    start: np.ndarray  # first context token, counted in the whole context
+    length: np.ndarray  # context tokens
 
 
 def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite_cache, desc) -> Dataset:
@@ -439,8 +454,8 @@ def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite
     if overwrite_cache or not os.path.exists(path):
         context_tokens = _tokenize(contexts.distinct, tokenizer, num_proc, f"{desc} (contexts)")
         question_tokens = _tokenize(questions.distinct, tokenizer, num_proc, f"{desc} (questions)")
-        features, tables = _slice_windows(
-            contexts, context_tokens, questions, question_tokens, answer_spans, tokenizer, windows
+        features, tables = _window_tables(
+            contexts.row, context_tokens, questions.row, question_tokens, answer_spans, tokenizer, windows
         )
         _write_arrow(path, features, tables)
     return Dataset.from_file(path)
@@ -448,21 +463,20 @@ def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite
 
 def _distinct(column: pa.ChunkedArray) -> Texts:
     encoded = column.dictionary_encode().unify_dictionaries()
-    index = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
-    return Texts(encoded.chunk(0).dictionary, index)
+    row = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+    return Texts(encoded.chunk(0).dictionary, row)
 
 
 def _first_answer_spans(answers: pa.ChunkedArray) -> np.ndarray:
-    """(num_examples, 2) int64: the character span of the first answer, end exclusive; -1, -1 where there is none."""
+    """(num_examples, 2) int64: characters of the first answer, end exclusive; -1, -1 where there is none."""
     answers = answers.combine_chunks()
     texts, starts = answers.field("text"), answers.field("answer_start")
-    first = texts.offsets.to_numpy()[:-1]
     has_answer = pc.list_value_length(texts).to_numpy() > 0
-    start = starts.values.to_numpy()[starts.offsets.to_numpy()[:-1][has_answer]]
-    length = pc.utf8_length(texts.values).to_numpy()[first[has_answer]]
+    first_text = texts.offsets.to_numpy()[:-1][has_answer]
+    first_start = starts.offsets.to_numpy()[:-1][has_answer]
     spans = np.full((len(answers), 2), -1, np.int64)
-    spans[has_answer, 0] = start
-    spans[has_answer, 1] = start + length
+    spans[has_answer, 0] = starts.values.to_numpy()[first_start]
+    spans[has_answer, 1] = spans[has_answer, 0] + pc.utf8_length(texts.values).to_numpy()[first_text]
     return spans
 
 
@@ -474,10 +488,9 @@ def _fingerprint(contexts: Texts, questions: Texts, answer_spans, tokenizer, win
     digest = hashlib.sha256()
     for texts in (contexts, questions):
         digest.update(pc.binary_length(texts.distinct).to_numpy())
-        for text_bytes in _string_bytes(texts.distinct):
-            digest.update(text_bytes)
-        digest.update(texts.index)
-    digest.update(b"" if answer_spans is None else np.ascontiguousarray(answer_spans))
+        digest.update(_utf8_bytes(texts.distinct))
+        digest.update(texts.row)
+    digest.update(b"" if answer_spans is None else answer_spans)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
     settings = [
@@ -493,11 +506,11 @@ def _fingerprint(contexts: Texts, questions: Texts, answer_spans, tokenizer, win
     return digest.hexdigest()[:32]
 
 
-def _string_bytes(texts: pa.Array):
-    """The UTF-8 bytes of a string array, a slice or not, without a copy."""
-    offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    if texts.buffers()[2] is not None:
-        yield texts.buffers()[2].slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
+def _utf8_bytes(texts: pa.Array):
+    """The texts' UTF-8 bytes, end to end, without a copy."""
+    _, offsets, values = texts.buffers()
+    offsets = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    return b"" if values is None else values.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
 
 
 def _tokenize(texts: pa.Array, tokenizer, num_proc: int | None, desc: str) -> Tokens:
@@ -509,12 +522,12 @@ def _tokenize(texts: pa.Array, tokenizer, num_proc: int | None, desc: str) -> To
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         remove_columns=["text"],
         features=Features({name: List(Value("int32")) for name in names}),
-        new_fingerprint="tokens",  # in memory only; saves hashing texts and tokenizer
+        new_fingerprint="tokens",  # kept in memory only, so nobody looks for it; saves hashing texts and tokenizer
         desc=desc,
     )
     ids, char_starts, char_ends = (tokenized.data[name].combine_chunks() for name in names)
     offsets = ids.offsets.to_numpy().astype(np.int64)
-    return Tokens(offsets, *(column.values.to_numpy() for column in (ids, char_starts, char_ends)))
+    return Tokens(offsets, ids.values.to_numpy(), char_starts.values.to_numpy(), char_ends.values.to_numpy())
 
 
 def _tokenize_batch(batch: dict[str, list[str]], tokenizer) -> pa.Table:
@@ -526,85 +539,94 @@ def _tokenize_batch(batch: dict[str, list[str]], tokenizer) -> pa.Table:
         return_token_type_ids=False,
         verbose=False,
     )
-    offsets = np.cumsum([0] + [len(ids) for ids in encodings["input_ids"]], dtype=np.int32)
+    offsets = _offsets([len(ids) for ids in encodings["input_ids"]])
     ids = np.fromiter(chain.from_iterable(encodings["input_ids"]), np.int32, offsets[-1])
     pairs = chain.from_iterable(chain.from_iterable(encodings["offset_mapping"]))
-    spans = np.fromiter(pairs, np.int32, 2 * offsets[-1]).reshape(-1, 2)
-    columns = {"input_ids": ids, "char_starts": spans[:, 0], "char_ends": spans[:, 1]}
-    return pa.table({name: pa.ListArray.from_arrays(offsets, np.ascontiguousarray(v)) for name, v in columns.items()})
+    spans = np.fromiter(pairs, np.int32, 2 * offsets[-1]).reshape(-1, 2).T.copy()
+    columns = {"input_ids": ids, "char_starts": spans[0], "char_ends": spans[1]}
+    return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+
+
+def _offsets(lengths) -> np.ndarray:
+    """0 and the running sums of `lengths`: where each list starts and ends in an Arrow list array."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def _pair_template(tokenizer) -> PairTemplate:
     """What the tokenizer puts around the two texts of a pair, read from a pair that it encodes."""
     pair = tokenizer("a", "a", return_token_type_ids=True, return_attention_mask=False)
     ids, types = np.array(pair["input_ids"], np.int32), np.array(pair["token_type_ids"], np.int8)
-    sequence = np.array([-1 if index is None else index for index in pair.sequence_ids(0)])
-    question, context = np.flatnonzero(sequence == 0), np.flatnonzero(sequence == 1)
+    text = np.array([-1 if index is None else index for index in pair.sequence_ids(0)])
+    question, context = np.flatnonzero(text == 0), np.flatnonzero(text == 1)
     if len(question) == 0 or len(context) == 0:
         raise ValueError(f"{type(tokenizer).__name__} of {tokenizer.name_or_path} makes no token of the text 'a'")
     parts = slice(None, question[0]), slice(question[-1] + 1, context[0]), slice(context[-1] + 1, None)
-    return PairTemplate(*(ids[p] for p in parts), *(types[p] for p in parts), types[question[0]], types[context[0]])
+    return PairTemplate(
+        *(ids[part] for part in parts), *(types[part] for part in parts), types[question[0]], types[context[0]]
+    )
 
 
-def _slice_windows(
-    contexts: Texts, context_tokens, questions: Texts, question_tokens, answer_spans, tokenizer, windows
+def _place_windows(context_lengths, question_lengths, num_special: int, settings: WindowSettings) -> Windows:
+    """Window i of an example starts at context token i * doc_stride; its last is the first that reaches the end."""
+    question_lengths = np.minimum(question_lengths, settings.max_query_length)
+    room = settings.max_seq_length - num_special - question_lengths  # (num_examples,) context tokens of a window
+    if settings.doc_stride > room.min():
+        raise ValueError(
+            f"--doc_stride {settings.doc_stride} would leave tokens of the context outside all windows: the longest "
+            f"question ({question_lengths.max()} tokens) leaves {max(room.min(), 0)} of --max_seq_length "
+            f"{settings.max_seq_length}; lower --doc_stride or --max_query_length, or raise --max_seq_length"
+        )
+    num_windows = 1 + -(-np.maximum(context_lengths - room, 0) // settings.doc_stride)  # (num_examples,)
+    example = np.repeat(np.arange(len(num_windows)), num_windows)
+    number = np.arange(len(example)) - np.repeat(np.cumsum(num_windows) - num_windows, num_windows)
+    start = number * settings.doc_stride
+    length = np.minimum(context_lengths[example] - start, room[example])
+    return Windows(example, question_lengths[example], start, length)
+
+
+def _window_tables(
+    context_row, context_tokens: Tokens, question_row, question_tokens: Tokens, answer_spans, tokenizer, settings
 ):
-    """(features, tables): the schema of the windows, and a generator of tables of them."""
+    """(features, tables): the schema of the windows, and a generator of tables that together hold them all."""
     template = _pair_template(tokenizer)
     before, between, after = len(template.before), len(template.between), len(template.after)
-    context_length = np.diff(context_tokens.offsets)[contexts.index]  # (num_examples,) tokens of the whole context
-    question_length = np.diff(question_tokens.offsets)[questions.index]
-    question_length = np.minimum(question_length, windows.max_query_length)
-    room = windows.max_seq_length - before - between - after - question_length  # context tokens that a window holds
-    if windows.doc_stride > room.min():
-        raise ValueError(
-            f"--doc_stride {windows.doc_stride} would leave tokens of the context outside all windows: the longest "
-            f"question ({question_length.max()} tokens) leaves room for {room.min()} of --max_seq_length "
-            f"{windows.max_seq_length}; lower --doc_stride or --max_query_length, or raise --max_seq_length"
-        )
-
-    num_windows = 1 + -(-np.maximum(context_length - room, 0) // windows.doc_stride)  # (num_examples,)
-    example = np.repeat(np.arange(len(num_windows)), num_windows)  # (num_windows,), as all below
-    window_in_example = np.arange(len(example)) - np.repeat(np.cumsum(num_windows) - num_windows, num_windows)
-    start = window_in_example * windows.doc_stride  # first context token of the window, counted in the context
-    length = np.minimum(context_length[example] - start, room[example])  # context tokens of the window
-    context_start = before + question_length[example] + between
-    columns = {"length": context_start + length + after, "example_index": example}
+    windows = _place_windows(
+        np.diff(context_tokens.offsets)[context_row],
+        np.diff(question_tokens.offsets)[question_row],
+        before + between + after,
+        settings,
+    )
+    context_start = before + windows.question_length + between
+    columns = {"length": context_start + windows.length + after, "example_index": windows.example}
     if answer_spans is None:
         columns["context_start"] = context_start
     else:
-        first, last = _answer_tokens(answer_spans, contexts.index, context_tokens)
-        inside = (first[example] >= start) & (last[example] < start + length) & (first >= 0)[example]
-        columns["start_positions"] = np.where(inside, first[example] - start + context_start, 0)
-        columns["end_positions"] = np.where(inside, last[example] - start + context_start, 0)
+        first, last = _answer_tokens(answer_spans, context_row, context_tokens)
+        first, last = first[windows.example] - windows.start, last[windows.example] - windows.start
+        inside = (first >= 0) & (last < windows.length)
+        columns["start_positions"] = np.where(inside, context_start + first, 0)
+        columns["end_positions"] = np.where(inside, context_start + last, 0)
 
-    # Every token of every window is one entry of `pool`: special tokens, then all questions, then all contexts.
-    special = np.concatenate([template.before, template.between, template.after])
-    pool = np.concatenate([special, question_tokens.ids, context_tokens.ids])
+    # All tokens that a window can hold, end to end: special tokens, questions, contexts. Each window is five ranges.
+    pool = np.concatenate([template.before, template.between, template.after, question_tokens.ids, context_tokens.ids])
     pool_types = np.concatenate(
         [
             template.before_types,
             template.between_types,
             template.after_types,
-            np.full(len(question_tokens.ids), template.question_type, np.int8),
-            np.full(len(context_tokens.ids), template.context_type, np.int8),
+            np.full(len(question_tokens.ids), template.question_type),
+            np.full(len(context_tokens.ids), template.context_type),
         ]
     )
-    question_source = len(special) + question_tokens.offsets[questions.index][example]
-    context_source = context_tokens.offsets[contexts.index][example] + start
-    zeros = np.zeros_like(example)
-    # (num_windows, 5): where each part of a window starts in `pool`, and how long it is
-    part_start = np.stack(
-        [
-            zeros,
-            question_source,
-            zeros + before,
-            len(special) + len(question_tokens.ids) + context_source,
-            zeros + before + between,
-        ],
-        axis=1,
-    )
-    part_length = np.stack([zeros + before, question_length[example], zeros + between, length, zeros + after], axis=1)
+    questions_start = before + between + after
+    contexts_start = questions_start + len(question_tokens.ids)
+    first_question_token = question_tokens.offsets[question_row][windows.example]
+    first_context_token = context_tokens.offsets[context_row][windows.example] + windows.start
+    zeros = np.zeros_like(windows.start)
+    range_starts = (0, questions_start + first_question_token, before, contexts_start + first_context_token)
+    range_starts = np.stack([zeros + start for start in (*range_starts, before + between)], axis=1)
+    range_lengths = (before, windows.question_length, between, windows.length, after)
+    range_lengths = np.stack([zeros + length for length in range_lengths], axis=1)  # (num_windows, 5), as the starts
 
     with_types = "token_type_ids" in tokenizer.model_input_names
     features = {"input_ids": List(Value("int32"))}
@@ -615,20 +637,23 @@ def _slice_windows(
         features |= {"char_starts": List(Value("int32")), "char_ends": List(Value("int32"))}
 
     def tables():
-        for low in range(0, len(example), WINDOWS_PER_BATCH):
-            rows = slice(low, low + WINDOWS_PER_BATCH)
-            tokens = _ranges(part_start[rows].ravel(), part_length[rows].ravel())
-            lists = {"input_ids": (pool[tokens], columns["length"][rows])}
+        for low in range(0, len(windows.example), WINDOWS_PER_BATCH):
+            batch = slice(low, low + WINDOWS_PER_BATCH)
+            table = {name: pa.array(values[batch], pa.int32()) for name, values in columns.items()}
+            tokens, offsets = (
+                _ranges(range_starts[batch].ravel(), range_lengths[batch].ravel()),
+                _offsets(columns["length"][batch]),
+            )
+            table["input_ids"] = pa.ListArray.from_arrays(offsets, pool[tokens])
             if with_types:
-                lists["token_type_ids"] = (pool_types[tokens], columns["length"][rows])
+                table["token_type_ids"] = pa.ListArray.from_arrays(offsets, pool_types[tokens])
             if answer_spans is None:
-                tokens = _ranges(context_source[rows], length[rows])
-                lists["char_starts"] = (context_tokens.char_starts[tokens], length[rows])
-                lists["char_ends"] = (context_tokens.char_ends[tokens], length[rows])
-            table = {name: pa.array(values[rows].astype(np.int32)) for name, values in columns.items()}
-            for name, (values, lengths) in lists.items():
-                offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-                table[name] = pa.ListArray.from_arrays(offsets, values)
+                tokens, offsets = (
+                    _ranges(first_context_token[batch], windows.length[batch]),
+                    _offsets(windows.length[batch]),
+                )
+                table["char_starts"] = pa.ListArray.from_arrays(offsets, context_tokens.char_starts[tokens])
+                table["char_ends"] = pa.ListArray.from_arrays(offsets, context_tokens.char_ends[tokens])
             yield pa.table({name: table[name] for name in features})
 
     return Features(features), tables()
@@ -640,20 +665,22 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def _answer_tokens(answer_spans: np.ndarray, context_index: np.ndarray, tokens: Tokens):
-    """(first, last): (num_examples,) context tokens that the answer's characters touch; -1 where there are none.
+def _answer_tokens(answer_spans: np.ndarray, context_row: np.ndarray, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """(first, last), both (num_examples,): the context tokens that the answer's characters touch, or -1, -1.
 
     Where several tokens share a character (byte-level BPE) all of them belong to the answer. Characters of the answer
-    that are in no token (whitespace, controls) are passed over.
+    that are in no token (whitespace, controls) are passed over; an answer of such characters only has no token.
     """
     # One sorted array for all contexts: the character offsets of context c lie in [c * width, (c + 1) * width).
     width = int(max(tokens.char_ends.max(initial=0), answer_spans.max(initial=0))) + 1
-    text = np.repeat(np.arange(len(tokens.offsets) - 1), np.diff(tokens.offsets))
-    base = context_index.astype(np.int64) * width
-    first = np.searchsorted(text * width + tokens.char_ends, base + answer_spans[:, 0], side="right")
-    last = np.searchsorted(text * width + tokens.char_starts, base + answer_spans[:, 1], side="left") - 1
+    base = np.repeat(np.arange(len(tokens.offsets) - 1) * width, np.diff(tokens.offsets))
+    spans = answer_spans + context_row[:, None].astype(np.int64) * width
+    first = np.searchsorted(base + tokens.char_ends, spans[:, 0], side="right")
+    last = np.searchsorted(base + tokens.char_starts, spans[:, 1], side="left") - 1
     touched = (answer_spans[:, 0] >= 0) & (first <= last)
-    begin = tokens.offsets[context_index]
+    if missed := np.count_nonzero((answer_spans[:, 0] >= 0) & ~touched):
+        logger.warning(f"{missed} answers are made of characters that the tokenizer drops: trained on as no answer")
+    begin = tokens.offsets[context_row]
     return np.where(touched, first - begin, -1), np.where(touched, last - begin, -1)
 
 
@@ -661,23 +688,20 @@ def _answer_tokens(answer_spans: np.ndarray, context_index: np.ndarray, tokens: 
 # Cache and collator
 
 
-def _write_arrow(path: str, features: Features, tables) -> None:
+def _write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
     """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".writing-", suffix=".arrow")
-    os.close(handle)
+    beside = f"{path}.{uuid.uuid4().hex[:8]}.writing"
+    schema = features.arrow_schema
     try:
-        with ArrowWriter(path=beside, features=features) as writer:
+        with pa.OSFile(beside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for table in tables:
-                writer.write_table(table)
-            writer.finalize()
-        umask = os.umask(0)  # can only be read by setting it
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
+                writer.write_table(table.cast(schema), max_chunksize=ROWS_PER_RECORD_BATCH)
         os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
             os.remove(beside)
+        raise
 
 
 @dataclass
