@@ -172,15 +172,14 @@ def check_attention_implementation(attn_implementation) -> None:
         )
 
 
-def resolve_position_embedding_type(config: PreTrainedConfig, requested: str | None = None) -> str:
-    """The position type to build a checkpoint's model with: `requested`, or where that is None the checkpoint's own.
+def resolve_position_embedding_type(config: PreTrainedConfig, name: str, requested: str | None = None) -> str:
+    """The position type to build the checkpoint `name` with: `requested`, or where that is None its own.
 
     Raises ValueError for an unknown type, a relative one of a model that is not BERT, and absolute positions of a
     checkpoint that was trained without them.
     """
     own = getattr(config, "position_embedding_type", None) or "absolute"
     position_type = requested or own
-    name = config.name_or_path or "the checkpoint"
     if position_type not in POSITION_EMBEDDING_TYPES:
         raise ValueError(
             f"position_embedding_type {position_type!r} is unknown: use one of {', '.join(POSITION_EMBEDDING_TYPES)}"
