@@ -29,6 +29,7 @@ from data_qa import (
     make_train_features,
 )
 from legacy_flags import flags_from_json, nearest_flag_error, translate_flags
+from model_card import model_card
 from modeling_relative_bert import POSITION_EMBEDDING_TYPES, RelativeBertForQuestionAnswering
 from trainer_qa import (
     QuestionAnsweringTrainer,
@@ -39,7 +40,7 @@ from trainer_qa import (
     on_main_process,
     remove_checkpoints,
 )
-from utils_qa import postprocess_qa_predictions, squad_scores, write_json, write_predictions
+from utils_qa import postprocess_qa_predictions, squad_scores, write_json, write_predictions, write_text
 
 logger = logging.getLogger("run_squad")
 
@@ -285,12 +286,19 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         trainer.log_metrics("predict", predict_metrics)
         trainer.save_metrics("predict", predict_metrics)
 
+    bare = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    bare = {name: bare[name] for name in METRIC_NAMES if name in bare}
+    if training_args.do_train and trainer.is_world_process_zero():
+        card = model_card(model_args, data_args, training_args, position_type_of(model.config), bare)
+        write_text(os.path.join(training_args.output_dir, "README.md"), card)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
     if trainer.is_world_process_zero():
         if training_args.do_train:
             write_json(run_state_file(training_args), {"status": "finished", "settings": settings})
-        bare = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         if bare:
-            print(json.dumps({name: bare[name] for name in METRIC_NAMES if name in bare}, indent=2), flush=True)
+            print(json.dumps(bare, indent=2), flush=True)
+        logger.info("Everything is in %s.", training_args.output_dir)
     trainer.end()
 
 
@@ -353,9 +361,8 @@ def set_up_logging(training_args: QATrainingArguments) -> None:
 
 
 def log_summary(model, examples, features, training_args: QATrainingArguments) -> None:
-    position_type = getattr(model.config, "position_embedding_type", None) or "absolute"
     precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
-    logger.info("Model: %s, %s positions.", type(model).__name__, position_type)
+    logger.info("Model: %s, %s positions.", type(model).__name__, position_type_of(model.config))
     for split, questions in examples.items():
         logger.info("%s: %d questions, %d windows.", split, len(questions), len(features[split]))
     logger.info("Device: %s, %d process(es), %s.", training_args.device, training_args.world_size, precision)
@@ -372,7 +379,7 @@ def load_config(model_args: ModelArguments):
     config = _from_hub(
         AutoConfig, model_args.config_name or model_args.model_name_or_path, model_args, "a configuration"
     )
-    own = getattr(config, "position_embedding_type", None) or "absolute"
+    own = position_type_of(config)
     asked = model_args.position_embedding_type or own
     if asked not in POSITION_EMBEDDING_TYPES:
         raise ValueError(
@@ -394,6 +401,10 @@ def load_config(model_args: ModelArguments):
     return config
 
 
+def position_type_of(config) -> str:
+    return getattr(config, "position_embedding_type", None) or "absolute"
+
+
 def load_tokenizer(model_args: ModelArguments):
     name = model_args.tokenizer_name or model_args.config_name or model_args.model_name_or_path
     tokenizer = _from_hub(AutoTokenizer, name, model_args, "a tokenizer")
@@ -403,8 +414,8 @@ def load_tokenizer(model_args: ModelArguments):
 
 def load_model(model_args: ModelArguments, config, folder: str | None = None):
     """The model in `folder`, or else the one that was asked for, with the parameters that are new in it logged."""
-    relative = getattr(config, "position_embedding_type", "absolute") != "absolute" and config.model_type == "bert"
-    model_class = RelativeBertForQuestionAnswering if relative else AutoModelForQuestionAnswering
+    absolute = position_type_of(config) == "absolute"
+    model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
     name = folder or model_args.model_name_or_path
     model, info = _from_hub(model_class, name, model_args, "a model", config=config, output_loading_info=True)
     if info["missing_keys"]:
@@ -529,7 +540,7 @@ def run_settings(model_args, data_args, training_args, config, examples) -> dict
         "model_revision": model_args.model_revision,
         "tokenizer_name": model_args.tokenizer_name,
         "config_name": model_args.config_name,
-        "position_embedding_type": getattr(config, "position_embedding_type", "absolute"),
+        "position_embedding_type": position_type_of(config),
         "training data": examples["train"]._fingerprint if "train" in examples else None,
         "number of processes": training_args.world_size,
     }

@@ -229,6 +229,9 @@ class QuestionAnsweringTrainer(Trainer):
             logger.warning("%s; skipped (%d of %d).", message, self.nonfinite_steps, self.max_nonfinite_steps)
         model.zero_grad(set_to_none=True)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Leaves the card alone when pushing: run_squad.py has written it (model_card.py)."""
+
     # ---- Checkpoints ----
 
     def _save_checkpoint(self, model, trial):

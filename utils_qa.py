@@ -338,11 +338,15 @@ def write_predictions(qa_predictions: QAPredictions, output_dir: str, prefix: st
 
 
 def write_json(path: str, obj) -> None:
-    """Write `obj` as JSON (indent 4, ASCII). A reader sees the old file or the new one, never a part of it.
+    """Write `obj` as JSON (indent 4, ASCII), as `write_text` does.
 
     Raises ValueError for NaN and infinity, which are not JSON.
     """
-    text = json.dumps(obj, indent=4, allow_nan=False) + "\n"
+    write_text(path, json.dumps(obj, indent=4, allow_nan=False) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write `text` as UTF-8. A reader sees the old file or the new one, never a part of it."""
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, "w", encoding="utf-8") as file:

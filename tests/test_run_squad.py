@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import tiny_bert, tiny_questions
 from transformers import RobertaConfig, RobertaForQuestionAnswering
@@ -73,6 +74,12 @@ def test_train_evaluate_predict_write_every_file(inputs, tmp_path, capsys):
     assert everything["eval_f1"] == metrics["f1"] and everything["train_samples"] == 12
     assert read(out, "trainer_state.json")["global_step"] == 3
     assert (out / "tokenizer_config.json").exists() and (out / "model.safetensors").exists()
+    card = ModelCard.load(out / "README.md")
+    assert card.data.pipeline_tag == "question-answering" and card.data.library_name == "transformers"
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["f1"] == round(
+        metrics["f1"], 4
+    )
+    assert "relative_key_query" in card.text and "--max_seq_length 48" in card.text and "- torch " in card.text
     for prefix, ids in (("eval", {f"dev-{p}-{q}" for p in range(3) for q in range(2)}), ("predict", {"test-0-0"})):
         assert ids <= read(out, f"{prefix}_predictions.json").keys()
         n_best = read(out, f"{prefix}_nbest_predictions.json")
