@@ -49,6 +49,8 @@ METRIC_NAMES = """
     best_exact best_exact_thresh best_f1 best_f1_thresh
 """.split()
 RUN_STATE = "run_state.json"  # how far the run in an output_dir has come: training, trained or finished
+# How questions become answers and which were evaluated, so that ask.py and report.py need not be told again.
+QA_SETTINGS = "qa_settings.json"
 # The flags of transformers' own that make another run of it, so that a checkpoint of one is no start for the other.
 TRAINING_SETTINGS = """
     seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
@@ -266,6 +268,9 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         max_nonfinite_steps=training_args.max_nonfinite_steps,
     )
     log_summary(model, examples, features, training_args)
+    if trainer.is_world_process_zero() and (training_args.do_train or training_args.do_eval):
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        write_json(os.path.join(training_args.output_dir, QA_SETTINGS), qa_settings(model_args, data_args))
 
     if trained:
         logger.info("Training was finished before; going on with the model in %s.", training_args.output_dir)
@@ -549,6 +554,17 @@ def run_settings(model_args, data_args, training_args, config, examples) -> dict
     for name in TRAINING_SETTINGS:
         settings[name] = getattr(training_args, name)
     return json.loads(json.dumps(settings, default=str))
+
+
+def qa_settings(model_args, data_args) -> dict:
+    """The flags that answers depend on, and those that the evaluation's questions come from."""
+    names = """
+        max_seq_length doc_stride max_query_length n_best_size max_answer_length version_2_with_negative
+        null_score_diff_threshold dataset_name dataset_config_name validation_file max_eval_samples
+    """
+    settings = {name: getattr(data_args, name) for name in names.split()}
+    settings["tokenizer_name"] = model_args.tokenizer_name or model_args.config_name or model_args.model_name_or_path
+    return settings | {"cache_dir": model_args.cache_dir}
 
 
 def run_state_file(training_args: QATrainingArguments) -> Path:
