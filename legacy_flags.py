@@ -256,7 +256,7 @@ def drop_trailing_backslash(argv: list[str]) -> tuple[list[str], list[str]]:
         dropped = argv.pop()
         if dropped not in ("", "\\"):
             lines.append(
-                f"dropped a trailing {dropped!r}, which a backslash made: flags on further lines did not arrive here"
+                f"dropped a trailing {dropped!r}, which a backslash made: flags on any further line did not arrive"
             )
     return argv, lines
 
