@@ -36,6 +36,7 @@ from trainer_qa import (
     TrainingError,
     TrainingStopped,
     check_same_run,
+    check_settings,
     checkpoint_to_resume,
     on_main_process,
     remove_checkpoints,
@@ -56,6 +57,7 @@ TRAINING_SETTINGS = """
     seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
     lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     max_grad_norm label_smoothing_factor bf16 fp16 neftune_noise_alpha train_sampling_strategy dataloader_drop_last
+    metric_for_best_model greater_is_better
 """.split()
 
 
@@ -224,7 +226,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
             for split, questions in examples.items()
         }
 
-    settings = run_settings(model_args, data_args, training_args, config, examples)
+    settings = run_settings(model_args, data_args, training_args, config, features)
     status, checkpoint = "training", None
     if training_args.do_train:
         status, checkpoint = on_main_process(lambda: plan_training(training_args, settings))
@@ -300,7 +302,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
         if training_args.do_train:
-            write_json(run_state_file(training_args), {"status": "finished", "settings": settings})
+            write_run_state(training_args, "finished", settings)
         if bare:
             print(json.dumps(bare, indent=2), flush=True)
         logger.info("Everything is in %s.", training_args.output_dir)
@@ -490,17 +492,15 @@ def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoin
     training_args = trainer.args
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
-    if trainer.is_world_process_zero():
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        write_json(run_state_file(training_args), {"status": "training", "settings": settings})
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = {**result.metrics, "train_samples": len(features)}
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_json(run_state_file(training_args), {"status": "trained", "settings": settings})
+    on_main_process(lambda: write_run_state(training_args, "training", settings))
+    with trainer.signals_noted():
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {**result.metrics, "train_samples": len(features)}
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+        on_main_process(lambda: write_run_state(training_args, "trained", settings))
     trainer.stop_if_asked()
 
 
@@ -510,10 +510,13 @@ def plan_training(training_args: QATrainingArguments, settings: dict) -> tuple[s
     Raises ValueError where going on would overwrite a finished run or mix two runs.
     """
     folder = Path(training_args.output_dir)
-    if training_args.resume_from_checkpoint is not None:
-        check_same_run(training_args.resume_from_checkpoint, settings)
-        return "training", training_args.resume_from_checkpoint
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    named = training_args.resume_from_checkpoint
+    # A launcher that starts the command again wants to go on, whatever the flags said the first time.
+    restarts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    restarted = any(count != "0" for count in restarts) and run_state_file(training_args).exists()
+    if named is not None and not restarted:
+        check_same_run(named, settings)
+        return "training", named
     if training_args.overwrite_output_dir and not restarted:
         remove_checkpoints(folder)
         run_state_file(training_args).unlink(missing_ok=True)
@@ -528,17 +531,18 @@ def plan_training(training_args: QATrainingArguments, settings: dict) -> tuple[s
             )
         return "training", None
     state = json.loads(run_state_file(training_args).read_text(encoding="utf-8"))
-    if state["status"] == "finished":
+    if state["status"] == "finished" and not restarted:
         raise ValueError(
             f"--output_dir {folder} holds a finished run: leave --do_train out to use it, name another folder, or "
             "give --overwrite_output_dir to train anew"
         )
-    if state["status"] == "trained" and state["settings"] == settings:
+    if state["status"] != "training":
+        check_settings(state["settings"], settings, folder)
         return "trained", None
-    return "training", checkpoint_to_resume(folder, settings)
+    return "training", checkpoint_to_resume(folder, settings) or named
 
 
-def run_settings(model_args, data_args, training_args, config, examples) -> dict:
+def run_settings(model_args, data_args, training_args, config, features) -> dict:
     """What must be equal for two commands to train the same model, by flag."""
     settings = {
         "model_name_or_path": model_args.model_name_or_path,
@@ -546,7 +550,8 @@ def run_settings(model_args, data_args, training_args, config, examples) -> dict
         "tokenizer_name": model_args.tokenizer_name,
         "config_name": model_args.config_name,
         "position_embedding_type": position_type_of(config),
-        "training data": examples["train"]._fingerprint if "train" in examples else None,
+        # The name of the features' file is a hash of all that they are made of.
+        "training data": Path(features["train"].cache_files[0]["filename"]).stem if "train" in features else None,
         "number of processes": training_args.world_size,
     }
     for name in ("max_seq_length", "doc_stride", "max_query_length", "pad_to_max_length"):
@@ -569,6 +574,11 @@ def qa_settings(model_args, data_args) -> dict:
 
 def run_state_file(training_args: QATrainingArguments) -> Path:
     return Path(training_args.output_dir, RUN_STATE)
+
+
+def write_run_state(training_args: QATrainingArguments, status: str, settings: dict) -> None:
+    os.makedirs(training_args.output_dir, exist_ok=True)
+    write_json(run_state_file(training_args), {"status": status, "settings": settings})
 
 
 def _exit(message: str, status: int) -> None:

@@ -9,12 +9,13 @@ What transformers' Trainer does not do, and this one does:
 """
 
 import contextlib
+import functools
 import json
 import logging
+import math
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,15 +37,19 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingStopped(Exception):
-    """Training was asked to stop by a signal and stands whole in a checkpoint."""
+    """Training was asked to stop by a signal; what it came to stands whole in `folder`."""
 
-    def __init__(self, signal_number: int, checkpoint: str):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; the run so far stands in {checkpoint}")
+    def __init__(self, signal_number: int, folder: str):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; the run so far stands in {folder}")
         self.exit_status = 128 + signal_number
 
 
 class TrainingError(Exception):
     """Training cannot go on; the message is one line for the user."""
+
+
+class EvaluationAbandoned(Exception):
+    """A signal came during an evaluation within training, which is made up for when the run goes on."""
 
 
 class QuestionAnsweringTrainer(Trainer):
@@ -84,7 +89,9 @@ class QuestionAnsweringTrainer(Trainer):
         self.signal_received = 0  # by this process
         self.stop_signal = 0  # agreed on by all processes
         self._order = torch.Generator()
-        self._step_losses: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.evaluation_due = False  # at the step of the last checkpoint, but not made
+        self._step_losses: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # (loss, example_index) a micro-batch
+        self._grad_norm: torch.Tensor | float | None = None
         self._resumed_from: str | None = None
         self.add_callback(RunGuard(self))
         if self.pop_callback(ProgressCallback):  # there is none with --disable_tqdm
@@ -92,16 +99,28 @@ class QuestionAnsweringTrainer(Trainer):
 
     # ---- Order of the windows ----
 
+    def get_train_dataloader(self):
+        collate = self.data_collator
+        self.data_collator = functools.partial(_collate_with_index, collate)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
     def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        if hasattr(sampler, "generator"):
-            sampler.generator = self._order
-        return sampler
+        self._train_sampler = super()._get_train_sampler(train_dataset)
+        if hasattr(self._train_sampler, "generator"):
+            self._train_sampler.generator = self._order
+        return self._train_sampler
 
     def seed_order(self, epoch: int) -> None:
         """Makes the order of this epoch's training windows depend on the seed and the epoch alone."""
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         self._order.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1))
+        if hasattr(self._train_sampler, "set_epoch"):
+            # batch_rebalance shuffles by its own seed, and is out of the Trainer's reach in a resumed epoch.
+            self._train_sampler.seed = seed
+            self._train_sampler.set_epoch(epoch)
 
     def _get_eval_sampler(self, eval_dataset):
         # `predict_logits` has sorted the windows; the Trainer would shuffle them where training is grouped.
@@ -164,10 +183,16 @@ class QuestionAnsweringTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As `Trainer.train`; raises `TrainingStopped` after a signal and `TrainingError` where it cannot go on."""
         self._resumed_from = resume_from_checkpoint
-        with self._signals_stop_the_run():
+        try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        # The loss of the whole run, see `log`.
+        except EvaluationAbandoned:  # before the first step
+            raise TrainingStopped(self.stop_signal, resume_from_checkpoint or self.args.output_dir) from None
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _run_epoch(self, **kwargs):
+        # A run may end within an epoch; the Trainer would make one step more when it resumes from that end.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         example_index = inputs.pop("example_index", None)
@@ -175,13 +200,62 @@ class QuestionAnsweringTrainer(Trainer):
         self._step_losses.append((loss, example_index))
         return loss
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._grad_norm
+
+    def check_step(self, model) -> None:
+        """Before the optimizer steps: are loss and gradient finite on all ranks, and was any of them asked to stop?"""
+        losses, self._step_losses = self._step_losses, []
+        bad_loss = ~torch.isfinite(torch.stack([loss.float() for loss, _ in losses])).all()
+        bad_gradient = torch.zeros_like(bad_loss)
+        if self._grad_norm is not None and self.accelerator.scaler is None:  # float16's scaler looks for itself
+            norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
+            bad_gradient = ~torch.isfinite(torch.as_tensor(norm, device=bad_loss.device))
+        flags = torch.stack([bad_loss.long(), bad_gradient.long(), bad_loss.new_tensor(self.signal_received).long()])
+        bad_loss, bad_gradient, self.stop_signal = self._maximum(flags).tolist()
+        if not (bad_loss or bad_gradient):
+            return
+        ids = [
+            self.train_ids[i]
+            for loss, example_index in losses
+            if example_index is not None and not (bad_loss and torch.isfinite(loss))
+            for i in example_index.tolist()
+        ]
+        ids = [question_id for rank_ids in self._gather(ids) for question_id in rank_ids]
+        self.nonfinite_steps += 1
+        message = (
+            f"the {'loss' if bad_loss else 'gradient'} at step {self.state.global_step + 1} is not finite; "
+            f"questions in the batch: {', '.join(ids)}"
+        )
+        if self.nonfinite_steps > self.max_nonfinite_steps:
+            raise TrainingError(f"{message}. The last whole checkpoint stays good; a lower --learning_rate may help")
+        if self.is_world_process_zero():
+            logger.warning("%s; skipped (%d of %d).", message, self.nonfinite_steps, self.max_nonfinite_steps)
+        model.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient as they are
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # the Trainer divides by the steps since the last resume
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        if "train_loss" in logs:
+            # The Trainer takes the sum of this process alone, by the steps since the resume, and counts padded windows.
+            total_loss = np.mean(self._gather(self._total_loss_scalar))
+            logs["train_loss"] = float(total_loss) / max(self.state.global_step, 1)
+            windows = self._windows_trained(self.state.global_step) - self._windows_trained(self._initial_global_step)
+            logs["train_samples_per_second"] = round(windows / max(logs["train_runtime"], 1e-4), 3)
         super().log(logs, start_time)
 
+    def _windows_trained(self, steps: int) -> int:
+        """How many windows the first `steps` steps see, those aside that fill the last batch of an epoch."""
+        batches = len(self.callback_handler.train_dataloader)
+        windows_per_epoch = len(self.train_dataset)
+        if self.args.dataloader_drop_last:
+            windows_per_epoch = min(windows_per_epoch, batches * self._train_batch_size * self.args.world_size)
+        epochs, rest = divmod(steps, max(math.ceil(batches / self.args.gradient_accumulation_steps), 1))
+        return epochs * windows_per_epoch + min(rest * self.get_total_train_batch_size(self.args), windows_per_epoch)
+
+    # ---- Signals ----
+
     @contextlib.contextmanager
-    def _signals_stop_the_run(self):
+    def signals_noted(self):
         """SIGTERM and SIGINT are only noted, however often they come (torchrun sends Ctrl-C twice)."""
 
         def remember(signal_number, frame):
@@ -197,133 +271,172 @@ class QuestionAnsweringTrainer(Trainer):
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
+    def agree_on_signal(self) -> int:
+        """The signal that any process was asked to stop by, or 0; every process must call this."""
+        self.stop_signal = int(self._maximum(torch.tensor(self.signal_received, device=self.args.device)))
+        return self.stop_signal
+
     def stop_if_asked(self) -> None:
         """Raises `TrainingStopped` for a signal that came after the last step, once the model is saved."""
-        if self.signal_received:
-            raise TrainingStopped(self.signal_received, self.args.output_dir)
-
-    def check_step(self, model) -> None:
-        """Before the optimizer steps: do all ranks have a finite loss, and was any of them asked to stop?"""
-        losses, self._step_losses = self._step_losses, []
-        nonfinite = ~torch.isfinite(torch.stack([loss.float() for loss, _ in losses])).all()
-        flags = torch.stack([nonfinite.long(), torch.tensor(self.signal_received, device=nonfinite.device)])
-        if self.args.world_size > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        any_nonfinite, self.stop_signal = flags.tolist()
-        if not any_nonfinite:
-            return
-        ids = []
-        for loss, example_index in losses:
-            if example_index is not None and not torch.isfinite(loss):
-                ids += [self.train_ids[i] for i in example_index.tolist()]
-        if self.args.world_size > 1:
-            gathered = [None] * self.args.world_size
-            dist.all_gather_object(gathered, ids)
-            ids = [question_id for rank_ids in gathered for question_id in rank_ids]
-        self.nonfinite_steps += 1
-        step = self.state.global_step + 1
-        message = f"the loss at step {step} is not finite; questions in the batch: {', '.join(ids)}"
-        if self.nonfinite_steps > self.max_nonfinite_steps:
-            raise TrainingError(f"{message}. The last whole checkpoint stays good; a lower --learning_rate may help")
-        if self.is_world_process_zero():
-            logger.warning("%s; skipped (%d of %d).", message, self.nonfinite_steps, self.max_nonfinite_steps)
-        model.zero_grad(set_to_none=True)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Leaves the card alone when pushing: run_squad.py has written it (model_card.py)."""
+        if self.agree_on_signal():
+            raise TrainingStopped(self.stop_signal, self.args.output_dir)
 
     # ---- Checkpoints ----
 
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationAbandoned:
+            self.evaluation_due = True
+            self._save_checkpoint(model, trial)
+
     def _save_checkpoint(self, model, trial):
-        folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.is_world_process_zero() and os.path.exists(folder):
+        """Saves all that a resumed run needs, then the mark that it is whole, and only then removes older ones.
+
+        Raises `TrainingStopped` when that was asked for, and `TrainingError`, on every process, when writing fails.
+        """
+        folder = self._checkpoint_folder()
+        loss_state = {
+            "tr_loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "nonfinite_steps": self.nonfinite_steps,
+            "evaluation_due": self.evaluation_due,
+        }
+        mark = {
+            "global_step": self.state.global_step,
+            "resumable": not self.args.save_only_model,
+            "settings": self.run_settings,
+        }
+        if self.args.should_save and os.path.exists(folder):
             remove_checkpoint(folder)
         self._barrier()
         try:
-            super()._save_checkpoint(model, trial)
-            write_json(
-                os.path.join(folder, LOSS_STATE.format(rank=self.args.process_index)),
-                {
-                    "tr_loss": self._tr_loss.item(),
-                    "total_loss": self._total_loss_scalar,
-                    "last_logged": self._globalstep_last_logged,
-                    "nonfinite_steps": self.nonfinite_steps,
-                },
-            )
-        except Exception as error:
-            # A full disk comes as OSError, RuntimeError or safetensors' own error, depending on the file.
-            shutil.rmtree(folder, ignore_errors=True)
-            raise TrainingError(
-                f"cannot write the checkpoint {folder}: {_first_line(error)}. Earlier checkpoints are untouched"
-            ) from error
-        self._barrier()
-        if self.is_world_process_zero():
-            write_json(
-                os.path.join(folder, WHOLE_CHECKPOINT),
-                {
-                    "global_step": self.state.global_step,
-                    "resumable": not self.args.save_only_model,
-                    "settings": self.run_settings,
-                },
-            )
+            with self._fail_together(folder):
+                super()._save_checkpoint(model, trial)
+                write_json(os.path.join(folder, LOSS_STATE.format(rank=self.args.process_index)), loss_state)
+            with self._fail_together(folder):
+                if self.args.should_save:
+                    _flush_to_disk(folder)
+                    write_json(os.path.join(folder, WHOLE_CHECKPOINT), mark)
+        except TrainingError:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if self.args.should_save:
             self._rotate_checkpoints()
-        self._barrier()
-        if self.stop_signal:
+        if self.agree_on_signal():
             raise TrainingStopped(self.stop_signal, folder)
+
+    def _checkpoint_folder(self) -> str:
+        return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _rotate_checkpoints(self) -> None:
         if not self.save_total_limit or self.save_total_limit < 0:
             return
         checkpoints = whole_checkpoints(self.args.output_dir)
-        best = self.state.best_model_checkpoint
-        kept = {checkpoints[-1]} | ({os.path.normpath(best)} if best else set())
-        excess = len(checkpoints) - max(self.save_total_limit, len(kept))
-        for folder in [folder for folder in checkpoints if folder not in kept][: max(excess, 0)]:
-            remove_checkpoint(folder)
+        kept = {os.path.basename(folder) for folder in (self.state.best_model_checkpoint, checkpoints[-1]) if folder}
+        excess = max(len(checkpoints) - max(self.save_total_limit, len(kept)), 0)
+        for folder in [folder for folder in checkpoints if os.path.basename(folder) not in kept][:excess]:
+            try:
+                remove_checkpoint(folder)
+            except OSError as error:
+                logger.warning("Cannot remove the old checkpoint %s: %s.", folder, error)
 
-    def restore_loss(self) -> None:
-        """Goes on with the sums of the loss where the checkpoint left them."""
+    def resume(self) -> None:
+        """Goes on with what the checkpoint holds beside the Trainer's own: the sums of the loss, an evaluation due."""
         if self._resumed_from is None:
             return
-        file = os.path.join(self._resumed_from, LOSS_STATE.format(rank=self.args.process_index))
-        if os.path.exists(file):  # a checkpoint of another program has none
-            state = json.loads(Path(file).read_text(encoding="utf-8"))
-            self._tr_loss += state["tr_loss"]
-            self._total_loss_scalar = state["total_loss"]
-            self._globalstep_last_logged = state["last_logged"]
-            self.nonfinite_steps = state["nonfinite_steps"]
+        self.state.compute_steps(self.args, self.state.max_steps)  # else other --save_steps would have no effect
+        if self.state.best_global_step:
+            best = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if os.path.isdir(best):  # also where output_dir was moved
+                self.state.best_model_checkpoint = best
+        file = Path(self._resumed_from, LOSS_STATE.format(rank=self.args.process_index))
+        loss_state = json.loads(file.read_text(encoding="utf-8"))
+        self._tr_loss += loss_state["tr_loss"]
+        self._total_loss_scalar = loss_state["total_loss"]
+        self._globalstep_last_logged = loss_state["last_logged"]
+        self.nonfinite_steps = loss_state["nonfinite_steps"]
+        if loss_state["evaluation_due"]:
+            folder = self._checkpoint_folder()
+            if self._determine_best_metric(self._evaluate(None, None), None) and os.path.isdir(folder):
+                self.state.best_model_checkpoint = folder
+
+    # ---- Processes ----
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    def _maximum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The element-wise maximum over all processes."""
+        if self.args.world_size > 1:
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return numbers
+
+    def _gather(self, value) -> list:
+        """The values of all processes, by rank."""
+        if self.args.world_size == 1:
+            return [value]
+        values = [None] * self.args.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def _fail_together(self, place: str):
+        """Raises `TrainingError` on every process where one cannot write, so that none waits for one that is gone."""
+        failure = None
+        try:
+            yield
+        except (TrainingError, TrainingStopped):  # on every process
+            raise
+        except Exception as error:
+            # A full disk comes as OSError, RuntimeError or safetensors' own error, depending on the file.
+            failure = error
+        reasons = [reason for reason in self._gather(failure and _first_line(failure)) if reason]
+        if reasons:
+            raise TrainingError(f"cannot write {place}: {reasons[0]}. What was whole before still is") from failure
 
     # ---- Files ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with self._fail_together(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         output_dir = output_dir or self.args.output_dir
         if not self.args.should_save:
             return super()._save(output_dir, state_dict=state_dict)
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as beside:
+        beside = os.path.join(output_dir, ".saving")
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
             super()._save(beside, state_dict=state_dict)
             for file in sorted(os.listdir(beside)):
                 os.replace(os.path.join(beside, file), os.path.join(output_dir, file))
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
     def save_state(self) -> None:
-        if self.is_world_process_zero():
-            file = os.path.join(self.args.output_dir, "trainer_state.json")
-            self.state.save_to_json(file + ".tmp")
-            os.replace(file + ".tmp", file)
+        file = os.path.join(self.args.output_dir, "trainer_state.json")
+
+        def write():
+            self.state.save_to_json(f"{file}.partial")
+            os.replace(f"{file}.partial", file)
+
+        on_main_process(write)
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         """Writes `{split}_results.json` and adds the metrics to `all_results.json`."""
-        if not self.is_world_process_zero():
-            return
-        write_json(os.path.join(self.args.output_dir, f"{split}_results.json"), dict(sorted(metrics.items())))
-        if combined:
-            file = Path(self.args.output_dir, "all_results.json")
-            earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            write_json(file, dict(sorted({**earlier, **metrics}.items())))
 
-    def _barrier(self) -> None:
-        if self.args.world_size > 1:
-            dist.barrier()
+        def write():
+            write_json(os.path.join(self.args.output_dir, f"{split}_results.json"), dict(sorted(metrics.items())))
+            if combined:
+                file = Path(self.args.output_dir, "all_results.json")
+                earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+                write_json(file, dict(sorted({**earlier, **metrics}.items())))
+
+        on_main_process(write)
 
 
 class RunGuard(TrainerCallback):
@@ -334,10 +447,13 @@ class RunGuard(TrainerCallback):
         self.save_at_epoch_end = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.restore_loss()
+        self.trainer.resume()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.seed_order(int(state.epoch or 0))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.evaluation_due = False
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.trainer.check_step(model)
@@ -345,15 +461,26 @@ class RunGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.stop_signal:
             control.should_save = control.should_training_stop = True
+            self.put_off_evaluation(control)
         if control.should_save and (control.should_training_stop or state.epoch == int(state.epoch)):
             # What is due at the end of the epoch comes after this step, and belongs into its checkpoint.
             control.should_save, self.save_at_epoch_end = False, True
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.trainer.is_in_train and self.trainer.agree_on_signal():
+            raise EvaluationAbandoned
+
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.trainer.stop_signal and state.epoch != int(state.epoch):
-            control.should_log = control.should_evaluate = False  # stopped within the epoch
+        if self.trainer.stop_signal:
+            if state.epoch != int(state.epoch) and state.global_step < state.max_steps:
+                control.should_log = control.should_evaluate = False  # stopped within the epoch
+            self.put_off_evaluation(control)
         if self.save_at_epoch_end:
             control.should_save, self.save_at_epoch_end = True, False
+
+    def put_off_evaluation(self, control) -> None:
+        if control.should_evaluate:
+            control.should_evaluate, self.trainer.evaluation_due = False, True
 
 
 class NamedProgress(ProgressCallback):
@@ -400,6 +527,22 @@ def _checkpoints(output_dir) -> list[str]:
     return [steps[step] for step in sorted(steps)]
 
 
+def _collate_with_index(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """The batch with the questions that its windows are of, so that an error can name them."""
+    return {**collate(rows), "example_index": torch.tensor([row["example_index"] for row in rows])}
+
+
+def _flush_to_disk(folder: str) -> None:
+    """Waits until the files in `folder` would survive a loss of power too."""
+    for file in os.scandir(folder):
+        if file.is_file():
+            descriptor = os.open(file.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
 def remove_checkpoint(folder: str) -> None:
     """Removes a checkpoint, its mark of being whole first, so that a kill in between leaves no half that counts."""
     Path(folder, WHOLE_CHECKPOINT).unlink(missing_ok=True)
@@ -414,11 +557,11 @@ def checkpoint_to_resume(output_dir: str | os.PathLike, settings: dict) -> str |
     broken = broken_checkpoints(output_dir)
     if broken:
         logger.warning("Not whole, so not loaded: %s.", ", ".join(broken))
-    resumable = [folder for folder in whole_checkpoints(output_dir) if _mark(folder)["resumable"]]
-    if not resumable:
-        return None
-    check_same_run(resumable[-1], settings)
-    return resumable[-1]
+    whole = whole_checkpoints(output_dir)
+    if whole:
+        check_settings(_mark(whole[-1])["settings"], settings, whole[-1])
+    resumable = [folder for folder in whole if _mark(folder)["resumable"]]
+    return resumable[-1] if resumable else None
 
 
 def check_same_run(checkpoint: str, settings: dict) -> None:
@@ -432,15 +575,20 @@ def check_same_run(checkpoint: str, settings: dict) -> None:
     mark = _mark(checkpoint)
     if not mark["resumable"]:
         raise ValueError(f"the checkpoint {checkpoint} holds weights alone (--save_only_model): it cannot be resumed")
+    check_settings(mark["settings"], settings, checkpoint)
+
+
+def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> None:
+    """Raises ValueError that names what differs between the settings of the run in `folder` and those of this one."""
     changed = [
-        f"{name} is {settings.get(name)!r}, was {earlier!r}"
-        for name, earlier in mark["settings"].items()
-        if settings.get(name) != earlier
+        f"{name} is {settings.get(name)!r}, was {value!r}"
+        for name, value in earlier.items()
+        if settings.get(name) != value
     ]
     if changed:
         raise ValueError(
-            f"cannot resume from {checkpoint}, which belongs to another run: {'; '.join(changed)}. Use the same "
-            "flags, another --output_dir, or --overwrite_output_dir to start anew"
+            f"cannot go on with {folder}, which belongs to another run: {'; '.join(changed)}. Use the same flags, "
+            "another --output_dir, or --overwrite_output_dir to start anew"
         )
 
 
@@ -450,20 +598,28 @@ def remove_checkpoints(output_dir: str | os.PathLike) -> None:
 
 
 def on_main_process(function: Callable):
-    """What `function()` returns on the main process, on every process; a ValueError of it is raised on every one."""
-    if not dist.is_initialized():
-        return function()
-    result = None
-    if dist.get_rank() == 0:
-        try:
-            result = function()
-        except ValueError as error:
-            result = error
-    shared = [result]
-    dist.broadcast_object_list(shared, src=0)
-    if isinstance(shared[0], ValueError):
-        raise shared[0]
-    return shared[0]
+    """What `function()` returns on the main process, on every process; where it fails there, every process fails.
+
+    Raises the ValueError of `function`, and `TrainingError` for an OSError, such as a full disk.
+    """
+    if dist.is_initialized() and dist.get_rank() > 0:
+        shared = [None, None, False]
+        dist.broadcast_object_list(shared, src=0)
+        result, message, is_value_error = shared
+        if message is not None:
+            raise ValueError(message) if is_value_error else TrainingError(message)
+        return result
+    result = failure = None
+    try:
+        result = function()
+    except Exception as error:
+        failure = TrainingError(f"cannot write: {_first_line(error)}") if isinstance(error, OSError) else error
+    if dist.is_initialized():
+        message = None if failure is None else str(failure)
+        dist.broadcast_object_list([result, message, isinstance(failure, ValueError)], src=0)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def _mark(checkpoint: str) -> dict:
