@@ -455,13 +455,16 @@ def test_a_json_file_that_cannot_be_read_is_refused(tmp_path):
 
 
 def test_an_abbreviation_or_a_misspelling_is_never_taken_for_another_flag():
-    argv, lines = translate_flags("--warmup_rat 0.1 --per_gpu_train 4 --max_seq_lenght 384 --zzqqx 1".split())
+    argv, lines = translate_flags(
+        "--warmup_rat 0.1 --per_gpu_train 4 --max_seq_lenght 384 --max_seq_len 384 --zzqqx 1".split()
+    )
     assert lines == []
     _, unknown = PARSER.parse_known_args(["--model_name_or_path=bert", *argv])
     line = nearest_flag_error(unknown, TAKEN)
     assert line == (
         "unknown flag --warmup_rat (nearest: --warmup_ratio); unknown flag --per_gpu_train (nearest: "
-        "--per_gpu_train_batch_size); unknown flag --max_seq_lenght (nearest: --max_seq_length); unknown flag --zzqqx"
+        "--per_gpu_train_batch_size); unknown flag --max_seq_lenght (nearest: --max_seq_length); unknown flag "
+        "--max_seq_len (nearest: --max_seq_length); unknown flag --zzqqx"
     )
 
 
