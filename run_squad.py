@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from data_qa import (
@@ -28,7 +28,7 @@ from data_qa import (
     make_features,
     make_train_features,
 )
-from legacy_flags import flags_from_json, nearest_flag_error, translate_flags
+from legacy_flags import flags_from_json, make_parser, nearest_flag_error, translate_flags
 from model_card import model_card
 from modeling_relative_bert import POSITION_EMBEDDING_TYPES, RelativeBertForQuestionAnswering
 from trainer_qa import (
@@ -320,14 +320,15 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
     if len(argv) == 1 and argv[0].endswith(".json"):
         argv = flags_from_json(argv[0])
     argv, notices = translate_flags(argv)
-    parser = HfArgumentParser(
+    parser = make_parser(
         (ModelArguments, DataTrainingArguments, QATrainingArguments),
         prog="run_squad.py",
         usage="%(prog)s --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",
         description=__doc__.split("\n")[0],
-        allow_abbrev=False,
     )
-    *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    *arguments, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         raise ValueError(nearest_flag_error(unknown, known))
