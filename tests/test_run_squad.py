@@ -191,6 +191,8 @@ def test_relative_positions_start_from_an_absolute_checkpoint(inputs, caplog):
         ("--do_eval --validation_file {dev} --load_best_model_at_end --eval_strategy steps --eval_steps 9 "
          "--save_steps 9 --metric_for_best_model f2", ["--metric_for_best_model", "f2"]),
         ("--do_eval --validation_file {dev} --tokenizer_name {nowhere}", ["nowhere"]),
+        ("--do_eval --validation_file {dev} --report_to clearml", ["--report_to clearml", "not installed"]),
+        ("--do_eval --validation_file {dev} --report_to paper", ["--report_to paper", "unknown"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_training(inputs, tmp_path, capsys, flags, says):
