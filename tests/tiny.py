@@ -18,9 +18,8 @@ WORDS = (
 def tiny_bert(folder: Path, position_embedding_type: str = "absolute", max_positions: int = 64, seed: int = 0) -> str:
     """Saves a BERT of one layer with random weights, and its tokenizer; returns the folder's name."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TOWNS, *PEOPLE, *WORDS]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), model_max_length=max_positions).save_pretrained(folder)
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=max_positions)
+    tokenizer.save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=16,
