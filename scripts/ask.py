@@ -1,0 +1,325 @@
+#!/usr/bin/env python
+"""Asks a trained model about a text.
+
+    python scripts/ask.py MODEL_DIR --context_file text.txt --question "Who was she?"
+    python scripts/ask.py MODEL_DIR --context_file text.txt         (questions in a loop, one a line)
+    cat text.txt | python scripts/ask.py MODEL_DIR --question "Who was she?"
+
+The text may be of any length: it goes through the same windows and the same span search as in run_squad.py.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets  # noqa: E402
+import transformers  # noqa: E402
+
+import run_squad  # noqa: E402
+from data_qa import QADataCollator, WindowSettings, make_features  # noqa: E402
+from utils_qa import postprocess_qa_predictions  # noqa: E402
+
+WINDOWS_PER_BATCH = 16
+RUNNERS_UP = 3
+SENTENCE_CHARACTERS = 300  # shown at most on each side of the answer
+
+EPILOG = """
+Window and answer settings are by default those that run_squad.py has left in MODEL_DIR (qa_settings.json), so that an
+answer here is the one that the evaluation gives. A folder without that file is asked with run_squad.py's defaults, and
+as version 1 unless --version_2_with_negative is given.
+
+With --json each question gives one line: {"answer", "probability", "start", "end", "n_best"}. start and end count
+characters of the text, end exclusive; they are null, and the answer is "", where there is none. n_best is as in
+eval_nbest_predictions.json: a span that several windows see stands there once for each, and probability is their sum.
+"""
+
+
+class AnswerSettings(NamedTuple):
+    windows: WindowSettings
+    n_best_size: int
+    max_answer_length: int
+    version_2_with_negative: bool
+    null_score_diff_threshold: float
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        ask(parse_arguments(argv))
+    except ValueError as error:
+        sys.exit(_error(str(error)))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def ask(args: argparse.Namespace) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+    if args.question is not None:
+        check_question(args.question, "--question")
+    context = read_context(args.context_file)
+    model, tokenizer = load(args.model_dir)
+    settings = answer_settings(args)
+    run_squad.check_length(settings.windows.max_seq_length, model, tokenizer)
+
+    questions = [args.question] if args.question is not None else read_questions(args.context_file is None)
+    for question in questions:
+        answer = answer_question(model, tokenizer, context, question, settings)
+        if args.json:
+            print(json.dumps(answer, allow_nan=False), flush=True)
+        else:
+            print(show(answer, context, in_color=sys.stdout.isatty() and "NO_COLOR" not in os.environ), flush=True)
+
+
+# ---- Arguments and texts ----
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        sys.exit(_error(f"{message} (--help shows all flags)"))
+
+
+def _error(message: str) -> int:
+    print(f"ask.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="ask.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model, or its name on the hub")
+    parser.add_argument("--context_file", metavar="FILE", help="text to ask about; by default standard input")
+    parser.add_argument("--question", help="by default questions are read one a line, until the end of input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a question")
+    for name in ("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help="as in run_squad.py")
+    parser.add_argument(
+        "--version_2_with_negative",
+        action=argparse.BooleanOptionalAction,
+        help="whether 'no answer' is an answer; by default as the model was trained or evaluated",
+    )
+    parser.add_argument("--null_score_diff_threshold", type=float, metavar="X", help="as in run_squad.py")
+    return parser.parse_args(argv)
+
+
+def read_context(file: str | None) -> str:
+    """The text, character by character as it stands. Raises ValueError where there is none."""
+    name = file or "standard input"
+    if file is None and sys.stdin.isatty():
+        print("The text, ended by Ctrl-D on a line of its own:", file=sys.stderr)
+    try:
+        content = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
+        context = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"--context_file {file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: byte {error.start}: not UTF-8 text") from error
+    if not context.strip():
+        raise ValueError(f"{name}: holds no text to ask about")
+    return context
+
+
+def read_questions(stdin_is_read: bool) -> Iterator[str]:
+    """Questions, one a line: from standard input, or from the terminal where that has given the text."""
+    source = sys.stdin
+    if stdin_is_read:
+        try:
+            source = open("/dev/tty", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(
+                "text and questions cannot both come from standard input: give --context_file or --question"
+            ) from error
+    prompt = "Question (Ctrl-D ends): " if source.isatty() else ""
+    while True:
+        print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            line = source.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError("a question is not UTF-8 text") from error
+        if not line:
+            break
+        if line.strip():
+            question = line.strip()
+            check_question(question, "the question")
+            yield question
+    if prompt:
+        print(file=sys.stderr)
+
+
+def check_question(question: str, name: str) -> None:
+    if not question.strip():
+        raise ValueError(f"{name} is empty")
+    try:
+        question.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text") from error
+
+
+# ---- Model ----
+
+
+def load(model_dir: str):
+    """Model and tokenizer, the model with the position type that its config.json names.
+
+    Raises ValueError where there is none that can answer.
+    """
+    if not os.path.isdir(model_dir) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model_dir):
+        raise ValueError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
+    model_args = run_squad.ModelArguments(model_name_or_path=model_dir)
+    config = run_squad.load_config(model_args)
+    architectures = config.architectures or []
+    if not any(name.endswith("ForQuestionAnswering") for name in architectures):
+        raise ValueError(
+            f"{model_dir} holds {', '.join(architectures) or 'a model'}, which was not trained to answer questions: "
+            "train it with run_squad.py first"
+        )
+    tokenizer = run_squad.load_tokenizer(model_args)
+    model = run_squad.load_model(model_args, config)
+    return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
+
+
+def answer_settings(args: argparse.Namespace) -> AnswerSettings:
+    """Flags before what run_squad.py has left with the model, before its defaults."""
+    values, folder = {}, Path(args.model_dir)
+    if folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    if (folder / run_squad.QA_SETTINGS).exists():
+        values = json.loads((folder / run_squad.QA_SETTINGS).read_text(encoding="utf-8"))
+    defaults = run_squad.DataTrainingArguments()
+
+    def setting(name):
+        given = getattr(args, name)
+        return given if given is not None else values.get(name, getattr(defaults, name))
+
+    for name in ("n_best_size", "max_answer_length"):
+        if setting(name) < 1:
+            raise ValueError(f"--{name} is {setting(name)}, must be at least 1")
+    return AnswerSettings(
+        WindowSettings(setting("max_seq_length"), setting("doc_stride"), setting("max_query_length")),
+        setting("n_best_size"),
+        setting("max_answer_length"),
+        setting("version_2_with_negative"),
+        setting("null_score_diff_threshold"),
+    )
+
+
+# ---- Answers ----
+
+
+def answer_question(model, tokenizer, context: str, question: str, settings: AnswerSettings) -> dict:
+    """{answer, probability, start, end, n_best}; see EPILOG."""
+    examples = datasets.Dataset.from_dict({"id": ["question"], "context": [context], "question": [question]})
+    with temporary_cache():
+        features = make_features(examples, tokenizer, settings.windows)
+        predictions = postprocess_qa_predictions(
+            examples,
+            features,
+            compute_logits(model, tokenizer, features),
+            version_2_with_negative=settings.version_2_with_negative,
+            n_best_size=settings.n_best_size,
+            max_answer_length=settings.max_answer_length,
+            null_score_diff_threshold=settings.null_score_diff_threshold,
+        )
+    text, n_best = predictions.answers["question"], predictions.n_best["question"]
+    best = next(candidate for candidate in n_best if candidate["text"] == text)
+    span = best["start"], best["end"]
+    probability = sum(c["probability"] for c in n_best if (c["start"], c["end"]) == span)
+    return {"answer": text, "probability": probability, "start": span[0], "end": span[1], "n_best": n_best}
+
+
+@contextlib.contextmanager
+def temporary_cache():
+    """Features are kept in the cache of datasets; those of a text and question asked here go at once."""
+    kept = datasets.config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = folder
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = kept
+
+
+@torch.inference_mode()
+def compute_logits(model, tokenizer, features) -> tuple[np.ndarray, np.ndarray]:
+    """(start logits, end logits), each float32 of shape (windows, tokens of the longest window)."""
+    collate = QADataCollator(tokenizer)
+    shape = len(features), max(features["length"])
+    start_logits, end_logits = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    features = features.select_columns([n for n in ("input_ids", "token_type_ids") if n in features.column_names])
+    for first in range(0, len(features), WINDOWS_PER_BATCH):
+        rows = [features[i] for i in range(first, min(first + WINDOWS_PER_BATCH, len(features)))]
+        output = model(**{name: tensor.to(model.device) for name, tensor in collate(rows).items()})
+        for logits, batch in ((start_logits, output.start_logits), (end_logits, output.end_logits)):
+            logits[first : first + len(rows), : batch.shape[1]] = batch.float().cpu().numpy()
+    return start_logits, end_logits
+
+
+# ---- Display ----
+
+
+def show(answer: dict, context: str, in_color: bool) -> str:
+    """The answer in its sentence, and the runners-up, as lines of text."""
+    lines = [f"{printable(answer['answer']) or 'no answer'}  (probability {answer['probability']:.2f})"]
+    if answer["start"] is not None:
+        before, after = sentence_around(context, answer["start"], answer["end"])
+        mark = ("\033[1;7m", "\033[0m") if in_color else ("[", "]")
+        lines.append(f"    {printable(before)}{mark[0]}{printable(answer['answer'])}{mark[1]}{printable(after)}")
+    others = {}
+    for candidate in answer["n_best"]:
+        if candidate["text"] != answer["answer"]:
+            text = printable(candidate["text"]) or "no answer"
+            others[text] = others.get(text, 0.0) + candidate["probability"]
+    best_others = sorted(others.items(), key=lambda other: -other[1])[:RUNNERS_UP]
+    if best_others:
+        lines.append("  Runners-up:")
+        lines += [f"    {probability:.2f}  {text}" for text, probability in best_others]
+    return "\n".join(lines)
+
+
+def sentence_around(context: str, start: int, end: int) -> tuple[str, str]:
+    """What stands in the answer's sentence before it and after it."""
+    # A sentence ends at .!? and white space, not after one letter (an initial) or a title; or at an empty line.
+    boundary = re.compile(r"(?<!\b[A-Z])(?<!\b[MDS][rst])(?<!\bMrs)[.!?][\"'”’)\]]*\s+|[。！？]\s*|\n\s*\n")
+    earlier = context[max(0, start - SENTENCE_CHARACTERS) : start]
+    ends = [match.end() for match in boundary.finditer(earlier)]
+    cut = start > SENTENCE_CHARACTERS and not ends
+    before = ("…" if cut else "") + earlier[ends[-1] if ends else 0 :]
+    # The answer's own last characters belong to what is searched: it may end with its sentence.
+    later = context[end : end + SENTENCE_CHARACTERS]
+    tail = context[max(start, end - 3) : end]
+    for match in boundary.finditer(tail + later):
+        if match.end() >= len(tail):
+            return before.lstrip(), later[: match.end() - len(tail)].rstrip()
+    return before.lstrip(), later.rstrip() + ("…" if end + SENTENCE_CHARACTERS < len(context) else "")
+
+
+def printable(text: str) -> str:
+    """One line without control characters, which could command the terminal."""
+    text = re.sub(r"\s+", " ", text)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+if __name__ == "__main__":
+    main()
