@@ -62,7 +62,7 @@ FACTS = {
 
 
 def make_paragraph(rng, paragraph_id):
-    """A paragraph of the official layout, {"context", "qas"}, and a list of questions without an answer to add to it."""
+    """A paragraph of the official layout, {"context", "qas"}, and a list of questions on it without an answer."""
     is_long = rng.random() < LONG_PARAGRAPHS
     people = rng.sample(PEOPLE, 7 if is_long else rng.choice([2, 3]))
     stranger = people.pop() if is_long else rng.choice([name for name in PEOPLE if name not in people])
@@ -148,9 +148,7 @@ def train_tokenizer(articles):
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     wordpiece.normalizer = normalizers.BertNormalizer()
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=2000, special_tokens=special_tokens + continuing, show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=2000, special_tokens=special + continuing, show_progress=False)
     wordpiece.train_from_iterator(texts, trainer)
     return BertTokenizerFast(vocab=wordpiece.get_vocab())
 
