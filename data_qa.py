@@ -452,8 +452,9 @@ def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite
     directory = os.path.dirname(files[0]["filename"]) if files else datasets.config.HF_DATASETS_CACHE
     path = os.path.join(directory, f"cache-{'train' if labelled else 'eval'}-features-{fingerprint}.arrow")
     if overwrite_cache or not os.path.exists(path):
-        context_tokens = _tokenize(contexts.distinct, tokenizer, num_proc, f"{desc} (contexts)")
-        question_tokens = _tokenize(questions.distinct, tokenizer, num_proc, f"{desc} (questions)")
+        backend = _plain_backend(tokenizer)
+        context_tokens = _tokenize_contexts(contexts.distinct, backend, num_proc, f"{desc} (contexts)")
+        question_tokens = _tokenize_questions(questions.distinct, backend, num_proc, f"{desc} (questions)")
         features, tables = _window_tables(
             contexts.row, context_tokens, questions.row, question_tokens, answer_spans, tokenizer, windows
         )
@@ -513,38 +514,59 @@ def _utf8_bytes(texts: pa.Array):
     return b"" if values is None else values.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
 
 
-def _tokenize(texts: pa.Array, tokenizer, num_proc: int | None, desc: str) -> Tokens:
-    names = ("input_ids", "char_starts", "char_ends")
-    tokenized = Dataset(pa.table({"text": texts})).map(
-        functools.partial(_tokenize_batch, tokenizer=tokenizer),
-        batched=True,
-        batch_size=TEXTS_PER_BATCH,
-        num_proc=num_proc if num_proc and num_proc > 1 else None,
-        remove_columns=["text"],
-        features=Features({name: List(Value("int32")) for name in names}),
-        new_fingerprint="tokens",  # kept in memory only, so nobody looks for it; saves hashing texts and tokenizer
-        desc=desc,
-    )
-    ids, char_starts, char_ends = (tokenized.data[name].combine_chunks() for name in names)
+def _plain_backend(tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer of the tokenizers library, set to neither cut nor pad."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def _tokenize_contexts(texts: pa.Array, backend: tokenizers.Tokenizer, num_proc: int | None, desc: str) -> Tokens:
+    ids, char_starts, char_ends = _map_texts(_context_tokens, texts, backend, num_proc, desc)
     offsets = ids.offsets.to_numpy().astype(np.int64)
     return Tokens(offsets, ids.values.to_numpy(), char_starts.values.to_numpy(), char_ends.values.to_numpy())
 
 
-def _tokenize_batch(batch: dict[str, list[str]], tokenizer) -> pa.Table:
-    encodings = tokenizer(
-        batch["text"],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+def _tokenize_questions(texts: pa.Array, backend: tokenizers.Tokenizer, num_proc: int | None, desc: str) -> Tokens:
+    (ids,) = _map_texts(_question_tokens, texts, backend, num_proc, desc)
+    nowhere = np.zeros(0, np.int32)
+    return Tokens(ids.offsets.to_numpy().astype(np.int64), ids.values.to_numpy(), nowhere, nowhere)
+
+
+def _map_texts(function, texts: pa.Array, backend, num_proc: int | None, desc: str) -> list[pa.ListArray]:
+    """The columns that `function` makes of the texts, batch by batch in `num_proc` processes."""
+    tokenized = Dataset(pa.table({"text": texts})).map(
+        functools.partial(function, backend=backend),
+        batched=True,
+        batch_size=TEXTS_PER_BATCH,
+        num_proc=num_proc if num_proc and num_proc > 1 else None,
+        remove_columns=["text"],
+        new_fingerprint="tokens",  # kept in memory only, so nobody looks for it; saves hashing texts and tokenizer
+        desc=desc,
     )
-    offsets = _offsets([len(ids) for ids in encodings["input_ids"]])
-    ids = np.fromiter(chain.from_iterable(encodings["input_ids"]), np.int32, offsets[-1])
-    pairs = chain.from_iterable(chain.from_iterable(encodings["offset_mapping"]))
+    return [column.combine_chunks() for column in tokenized.data.columns]
+
+
+# The backend itself tokenizes, because the tokenizer's own call builds Python lists of everything before it returns.
+
+
+def _context_tokens(batch: dict[str, list[str]], backend: tokenizers.Tokenizer) -> pa.Table:
+    encodings = backend.encode_batch(batch["text"], add_special_tokens=False)
+    offsets = _offsets([len(encoding) for encoding in encodings])
+    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
+    pairs = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
     spans = np.fromiter(pairs, np.int32, 2 * offsets[-1]).reshape(-1, 2).T.copy()
     columns = {"input_ids": ids, "char_starts": spans[0], "char_ends": spans[1]}
     return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+
+
+def _question_tokens(batch: dict[str, list[str]], backend: tokenizers.Tokenizer) -> pa.Table:
+    encodings = backend.encode_batch_fast(batch["text"], add_special_tokens=False)  # without character offsets
+    offsets = _offsets([len(encoding) for encoding in encodings])
+    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
+    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, ids)})
 
 
 def _offsets(lengths) -> np.ndarray:
