@@ -470,7 +470,7 @@ def _squad_evaluate(
         if missing:
             raise ValueError(f"{len(missing)} questions have no {name} (first ids: {', '.join(missing[:5])})")
     texts = [predictions[id_] for id_ in ids]
-    exact, f1 = _raw_scores(golds, texts)
+    exact, f1 = raw_scores(golds, texts)
     has_answer = [bool(gold) for gold in golds]
     sweep = {}
     if null_odds is not None:
@@ -512,7 +512,7 @@ def _best_threshold(scores: list[float], has_answer: list[bool], null_odds: list
     return 100.0 * float(total[best]) / len(scores), nothing if best == 0 else float(thresholds[best - 1])
 
 
-def _raw_scores(golds: list[list[str]], texts: list[str]) -> tuple[list[int], list[float]]:
+def raw_scores(golds: list[list[str]], texts: list[str]) -> tuple[list[int], list[float]]:
     """Exact match and F1 of each text against the gold answer that suits it best."""
     normalized = {}
 
