@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(*parse_arguments(sys.argv[1:] if argv is None else argv))
     except TrainingStopped as stopped:
-        _exit(f"{stopped}. Give the same command again to go on.", stopped.exit_status)
+        _exit(f"{stopped}.", stopped.exit_status)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
     except (ValueError, TrainingError) as error:

@@ -39,8 +39,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class TrainingStopped(Exception):
     """Training was asked to stop by a signal; what it came to stands whole in `folder`."""
 
-    def __init__(self, signal_number: int, folder: str):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; the run so far stands in {folder}")
+    def __init__(self, signal_number: int, folder: str, overwrite_output_dir: bool):
+        command = "the same command, without --overwrite_output_dir," if overwrite_output_dir else "the same command"
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name}; the run so far stands in {folder}. Give {command} again "
+            "to go on"
+        )
         self.exit_status = 128 + signal_number
 
 
@@ -186,7 +190,7 @@ class QuestionAnsweringTrainer(Trainer):
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except EvaluationAbandoned:  # before the first step
-            raise TrainingStopped(self.stop_signal, resume_from_checkpoint or self.args.output_dir) from None
+            raise self._stopped(resume_from_checkpoint or self.args.output_dir) from None
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _run_epoch(self, **kwargs):
@@ -279,7 +283,10 @@ class QuestionAnsweringTrainer(Trainer):
     def stop_if_asked(self) -> None:
         """Raises `TrainingStopped` for a signal that came after the last step, once the model is saved."""
         if self.agree_on_signal():
-            raise TrainingStopped(self.stop_signal, self.args.output_dir)
+            raise self._stopped(self.args.output_dir)
+
+    def _stopped(self, folder: str) -> TrainingStopped:
+        return TrainingStopped(self.stop_signal, folder, self.args.overwrite_output_dir)
 
     # ---- Checkpoints ----
 
@@ -326,7 +333,7 @@ class QuestionAnsweringTrainer(Trainer):
         if self.args.should_save:
             self._rotate_checkpoints()
         if self.agree_on_signal():
-            raise TrainingStopped(self.stop_signal, folder)
+            raise self._stopped(folder)
 
     def _checkpoint_folder(self) -> str:
         return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
