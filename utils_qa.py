@@ -10,7 +10,7 @@ import os
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import datasets
@@ -19,22 +19,47 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+QUESTIONS_PER_PIECE = 512  # of the n-best file, written at once
 WINDOWS_PER_CHUNK = 256  # windows searched at once: the spans of one chunk stay in the processor's cache
 LARGEST_LOGIT = np.finfo(np.float32).max / 2  # the sum of two still is a float32
+
+
+class NBest(Mapping):
+    """The n-best list of each question, by question id.
+
+    A list holds, best first, dicts {text, probability, start_logit, end_logit, start, end}; start and end are
+    character offsets into the context, the null answer has text "" and None for both. All lists stand in one Arrow
+    table, and dicts are made when asked for.
+    """
+
+    def __init__(self, ids: list[str], table: pa.Table, bounds: list[int]):
+        """`table`: one row an entry, columns as above. Question i has the rows from bounds[i] to bounds[i + 1]."""
+        self.table = table
+        self.bounds = bounds
+        self._index = {id_: i for i, id_ in enumerate(ids)}
+
+    def __getitem__(self, id_: str) -> list[dict]:
+        i = self._index[id_]
+        return self.table[self.bounds[i] : self.bounds[i + 1]].to_pylist()
+
+    def __iter__(self):
+        return iter(self._index)
+
+    def __len__(self):
+        return len(self._index)
 
 
 class QAPredictions(NamedTuple):
     """What the model answers, by question id, in the order of the examples.
 
     `answers`: the text that counts.
-    `n_best`: lists of {text, probability, start_logit, end_logit, start, end}, best first. start and end are character
-    offsets into the context; the null answer has text "" and None for both.
+    `n_best`: the answers that came close, see NBest.
     `null_odds`: score of the null answer minus score of the best other one; None without `version_2_with_negative`.
     `best_non_null`: the best answer that is not empty, whatever its null odds; "" only if the question has no span.
     """
 
     answers: dict[str, str]
-    n_best: dict[str, list[dict]]
+    n_best: Mapping[str, list[dict]]
     null_odds: dict[str, float] | None
     best_non_null: dict[str, str]
 
@@ -280,38 +305,24 @@ def _to_predictions(
     contexts: list[str],
     null_score_diff_threshold: float,
 ) -> QAPredictions:
-    if not ids:
-        return QAPredictions({}, {}, None if nulls is None else {}, {})
     bounds = np.searchsorted(candidates.example, np.arange(len(ids) + 1))
-    score = candidates.score.astype(np.float64)
-    exp = np.exp(score - np.maximum.reduceat(score, bounds[:-1])[candidates.example])
-    probability = exp / np.add.reduceat(exp, bounds[:-1])[candidates.example]
-
-    texts = [
-        contexts[example][start:end]
-        for example, start, end in zip(
-            candidates.example.tolist(), candidates.char_start.tolist(), candidates.char_end.tolist(), strict=True
-        )
-    ]
     starts, ends = candidates.char_start.tolist(), candidates.char_end.tolist()
-    for i in np.flatnonzero(candidates.char_start < 0).tolist():
-        starts[i] = ends[i] = None
-    entries = [
-        {"text": t, "probability": p, "start_logit": sl, "end_logit": el, "start": s, "end": e}
-        for t, p, sl, el, s, e in zip(
-            texts,
-            probability.tolist(),
-            candidates.start_logit.tolist(),
-            candidates.end_logit.tolist(),
-            starts,
-            ends,
-            strict=True,
-        )
-    ]
-    edges = bounds.tolist()
-    n_best = {id_: entries[a:b] for id_, a, b in zip(ids, edges, edges[1:], strict=False)}
-    first_texts = {id_: texts[a] for id_, a in zip(ids, edges, strict=False)}
+    rows = zip(candidates.example.tolist(), starts, ends, strict=True)
+    texts = [contexts[example][start:end] for example, start, end in rows]
+    nowhere = candidates.char_start < 0
+    table = pa.table(
+        {
+            "text": pa.array(texts, pa.string()),
+            "probability": _softmax(candidates.score.astype(np.float64), candidates.example, bounds[:-1]),
+            "start_logit": candidates.start_logit,
+            "end_logit": candidates.end_logit,
+            "start": pa.array(candidates.char_start, mask=nowhere),
+            "end": pa.array(candidates.char_end, mask=nowhere),
+        }
+    )
+    n_best = NBest(ids, table, bounds.tolist())
     if nulls is None:
+        first_texts = {id_: texts[i] for id_, i in zip(ids, bounds[:-1].tolist(), strict=True)}
         return QAPredictions(answers=first_texts, n_best=n_best, null_odds=None, best_non_null=first_texts)
 
     # The best answer that is not empty; where no span is, the placeholder that _n_best put first.
@@ -324,6 +335,14 @@ def _to_predictions(
     null_odds = dict(zip(ids, odds, strict=True))
     answers = {id_: "" if null_odds[id_] > null_score_diff_threshold else text for id_, text in best_non_null.items()}
     return QAPredictions(answers, n_best, null_odds, best_non_null)
+
+
+def _softmax(scores: np.ndarray, example: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Softmax over the scores of each example. example: (scores,), ascending; first: where each example begins."""
+    if not len(first):
+        return scores
+    exp = np.exp(scores - np.maximum.reduceat(scores, first)[example])
+    return exp / np.add.reduceat(exp, first)[example]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,38 +366,38 @@ def write_json(path: str, obj) -> None:
     write_text(path, [json.dumps(obj, indent=4, allow_nan=False), "\n"])
 
 
-def _n_best_json(n_best: dict[str, list[dict]]) -> Iterator[str]:
-    """The text of `n_best` as json.dumps(n_best, indent=4) lays it out, six times as fast.
+def _n_best_json(n_best: NBest) -> Iterator[str]:
+    """The text of json.dumps(dict(n_best), indent=4), in pieces.
 
-    Floats get the nine significant digits that tell any two float32 apart.
+    Put together by Arrow: the standard encoder in Python takes longer than all the rest of post-processing.
     """
     quote = json.encoder.encode_basestring_ascii
-    logits = _FloatText()  # most spans share their start or end with another one
-    separator = "{\n"
-    for id_, entries in n_best.items():
-        yield (
-            f"{separator}    {quote(id_)}: [\n        {{\n"
-            + "\n        },\n        {\n".join(
-                [
-                    f'            "text": {quote(text)},\n'
-                    f'            "probability": {probability:#.9g},\n'
-                    f'            "start_logit": {logits[start_logit]},\n'
-                    f'            "end_logit": {logits[end_logit]},\n'
-                    f'            "start": {"null" if start is None else start},\n'
-                    f'            "end": {"null" if end is None else end}'
-                    for text, probability, start_logit, end_logit, start, end in map(dict.values, entries)
-                ]
-            )
-            + "\n        }\n    ]"
-        )
-        separator = ",\n"
-    yield "\n}\n" if n_best else "{}\n"
+    ids = list(n_best)
+    for first in range(0, len(ids), QUESTIONS_PER_PIECE):
+        last = min(first + QUESTIONS_PER_PIECE, len(ids))
+        bounds = np.array(n_best.bounds[first : last + 1], dtype=np.int32)
+        rows = n_best.table[bounds[0] : bounds[-1]]
+        parts, separator = [], "            "
+        for name in rows.column_names:
+            if name == "text":
+                values = pa.array([quote(text) for text in rows[name].to_pylist()], pa.string())
+            else:
+                values = _number_text(pa.concat_arrays(rows[name].chunks))
+            parts += [f'{separator}"{name}": ', values]
+            separator = ",\n            "
+        entries = pc.binary_join_element_wise(*parts, "")
+        lists = pc.binary_join(pa.ListArray.from_arrays(bounds - bounds[0], entries), "\n        },\n        {\n")
+        keys = pa.array([quote(id_) for id_ in ids[first:last]], pa.string())
+        questions = pc.binary_join_element_wise("    ", keys, ": [\n        {\n", lists, "\n        }\n    ]", "")
+        yield ",\n" if first else "{\n"
+        yield ",\n".join(questions.to_pylist())
+    yield "\n}\n" if ids else "{}\n"
 
 
-class _FloatText(dict):
-    def __missing__(self, value: float) -> str:
-        text = self[value] = f"{value:#.9g}"
-        return text
+def _number_text(numbers: pa.Array) -> pa.Array:
+    if pa.types.is_floating(numbers.type):
+        numbers = numbers.cast(pa.float64())
+    return numbers.cast(pa.string()).fill_null("null")
 
 
 def write_text(path: str, pieces: Iterable[str]) -> None:
