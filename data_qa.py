@@ -107,8 +107,12 @@ def _conform_hub_split(dataset: Dataset, source: str) -> Dataset:
             dataset = dataset.cast(features)
         except (pa.ArrowInvalid, TypeError, ValueError) as error:
             raise ValueError(f"{source}: its columns are not those of SQuAD: {' '.join(str(error).split())}") from error
-    table = dataset.with_format("arrow")[:]
-    for column in features:
+    _check_hub_rows(dataset.with_format("arrow")[:], source)
+    return dataset
+
+
+def _check_hub_rows(table: pa.Table, source: str) -> None:
+    for column in table.column_names:
         if table[column].null_count:
             row = pc.index(pc.is_null(table[column]), True).as_py()
             raise ValueError(f'{source}: row {row} has no value in column "{column}"')
@@ -116,7 +120,15 @@ def _conform_hub_split(dataset: Dataset, source: str) -> Dataset:
         counts = pc.value_counts(table["id"])
         duplicate = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
         raise ValueError(f"{source}: id {duplicate!r} stands more than once")
-    return dataset
+    if "answers" in table.column_names:
+        texts, starts = (pc.struct_field(table["answers"], name) for name in ("text", "answer_start"))
+        uneven = pc.not_equal(pc.list_value_length(texts), pc.list_value_length(starts))
+        row = pc.index(pc.fill_null(uneven, True), True).as_py()
+        if row >= 0:
+            raise ValueError(f"{source}: row {row} has not as many answer_starts as answer texts")
+        for name, values in (("text", texts), ("answer_start", starts)):
+            if pc.list_flatten(values).null_count:
+                raise ValueError(f'{source}: column "answers" has an answer without "{name}"')
 
 
 def read_squad_file(path: str, cache_dir: str | None = None) -> Dataset:

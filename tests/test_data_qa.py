@@ -1,0 +1,865 @@
+"""Reading SQuAD and making windows, against transformers 4.57.6, the tokenizers themselves, and plain references."""
+
+import json
+import logging
+import multiprocessing
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from hub_cache import cache_dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertTokenizer,
+    CanineTokenizer,
+    DistilBertTokenizer,
+    ElectraTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+)
+
+import data_qa
+from data_qa import (
+    EXAMPLE_FEATURES,
+    QADataCollator,
+    WindowSettings,
+    check_tokenizer,
+    drop_misplaced_answers,
+    load_examples,
+    make_features,
+    make_train_features,
+    read_squad_file,
+)
+
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("features.json").read_text(encoding="utf-8"))
+NO_ANSWER = {"text": [], "answer_start": []}
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    return tmp_path / "datasets"
+
+
+def make_examples(rows) -> Dataset:
+    """Examples of (id, question, context, answer text or "" for none, answer start)."""
+    columns = {name: [] for name in EXAMPLE_FEATURES}
+    for id_, question, context, answer, start in rows:
+        columns["id"].append(id_)
+        columns["title"].append("")
+        columns["context"].append(context)
+        columns["question"].append(question)
+        columns["answers"].append({"text": [answer], "answer_start": [start]} if answer else NO_ANSWER)
+    return Dataset.from_dict(columns, features=EXAMPLE_FEATURES)
+
+
+def golden_examples() -> Dataset:
+    return make_examples(tuple(example.values()) for example in GOLDEN["examples"])
+
+
+def golden_tokenizer(tokenizer_class=BertTokenizer):
+    return tokenizer_class(vocab={token: i for i, token in enumerate(GOLDEN["vocabulary"])})
+
+
+def byte_level_bpe() -> Tokenizer:
+    """Trained on little text, so that most characters outside ASCII stay several tokens of one byte each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([example["context"] for example in GOLDEN["examples"][:20]], trainer)
+    return tokenizer
+
+
+def roberta_tokenizer():
+    model = json.loads(byte_level_bpe().to_str())["model"]
+    return RobertaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def modernbert_tokenizer():
+    """As the hub's: byte-level BPE, tokens' offsets with the space before them, BERT's template, no token types."""
+    backend = byte_level_bpe()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token="<s>", sep_token="</s>", pad_token="<pad>", mask_token="<mask>"
+    )
+
+
+TOKENIZERS = {
+    "bert": golden_tokenizer,
+    "electra": lambda: golden_tokenizer(ElectraTokenizer),
+    "distilbert": lambda: golden_tokenizer(DistilBertTokenizer),
+    "roberta": roberta_tokenizer,
+    "modernbert": modernbert_tokenizer,
+}
+
+
+def windows_by_example(features: Dataset, num_examples: int) -> list[list[dict]]:
+    windows = [[] for _ in range(num_examples)]
+    for window in features:
+        windows[window["example_index"]].append(window)
+    return windows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows and labels against transformers 4.57.6
+
+
+@pytest.mark.parametrize("number", range(len(GOLDEN["settings"])))
+def test_windows_equal_transformers_4(number):
+    """Equal in all but two things, both on purpose.
+
+    An empty context: 4.57.6 makes no window and the question is lost; ours is one window, in which there is no answer.
+
+    Labels of answers that start or end inside a token: 4.57.6 starts from whole whitespace words and looks in them for
+    the tokens of the answer; where it does not find those, the label stays at whole words. Ours are the tokens that
+    the answer's characters touch, which lie in those words.
+
+    (Also different, and in neither's hands: characters that Unicode got after version 8, which the tokenizers library
+    takes for other kinds of characters than the Python tokenizer does.)
+    """
+    examples, tokenizer, setting = golden_examples(), golden_tokenizer(), WindowSettings(*GOLDEN["settings"][number])
+    ours = windows_by_example(make_train_features(examples, tokenizer, setting), len(examples))
+    offsets = windows_by_example(make_features(examples, tokenizer, setting), len(examples))
+    golden = {example["id"]: [] for example in GOLDEN["examples"]}
+    for window in GOLDEN["windows"][number]:
+        golden[window["id"]].append(window)
+
+    no_window, inexact = [], []
+    for example, our_windows, our_offsets in zip(examples, ours, offsets, strict=True):
+        their_windows = golden[example["id"]]
+        if not their_windows:
+            no_window.append(example["id"])
+            (window,) = our_windows
+            expected = tokenizer([example["question"]], [""])
+            assert window["input_ids"] == expected["input_ids"][0]
+            assert window["token_type_ids"] == expected["token_type_ids"][0]
+            assert (window["start_positions"], window["end_positions"]) == (0, 0)
+            continue
+        assert len(our_windows) == len(their_windows), example["id"]
+        for window, at, their in zip(our_windows, our_offsets, their_windows, strict=True):
+            assert window["input_ids"] == at["input_ids"] == their["input_ids"], example["id"]
+            types = "".join(map(str, window["token_type_ids"]))
+            assert types == their["token_type_ids"], example["id"]
+            assert window["length"] == len(their["input_ids"])
+            label = window["start_positions"], window["end_positions"]
+            their_label = their["start_position"], their["end_position"]
+            if label == their_label:
+                continue
+            inexact.append(example["id"])
+            assert label[0] > 0, example["id"]
+            (start,), (answer,) = example["answers"]["answer_start"], example["answers"]["text"]
+            char_start = at["char_starts"][label[0] - at["context_start"]]
+            char_end = at["char_ends"][label[1] - at["context_start"]]
+            assert char_start < start or start + len(answer) < char_end, example["id"]
+            assert their_label == (0, 0) or (their_label[0] <= label[0] and label[1] <= their_label[1])
+    assert no_window == ["empty context", "context of spaces"]
+    assert len(set(inexact)) <= 4
+
+
+def test_golden_examples_have_what_they_are_for():
+    tokenizer = golden_tokenizer()
+    features = make_features(golden_examples(), tokenizer, WindowSettings(*GOLDEN["settings"][2]))
+    ids = [example["id"] for example in GOLDEN["examples"]]
+    windows = dict(zip(ids, windows_by_example(features, len(ids)), strict=True))
+    assert len(windows["long"]) > 10
+    assert tokenizer.unk_token_id in windows["unknown words"][0]["input_ids"]
+    assert windows["question longer than max_query_length"][0]["context_start"] == 12 + 2
+    assert windows["question of one token"][0]["context_start"] == 1 + 2
+    labels = {window["id"]: set() for window in GOLDEN["windows"][2]}
+    for window in GOLDEN["windows"][2]:
+        labels[window["id"]].add((window["start_position"], window["end_position"]))
+    assert labels["long answer"] == {(0, 0)}  # in no window as a whole
+    assert len(labels["long, answer at the end"]) == 2  # in one window, not in the others
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any tokenizer, against its own way to cut a pair into overlapping windows
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_windows_equal_the_tokenizers_own(name):
+    tokenizer, reference = TOKENIZERS[name](), TOKENIZERS[name]()
+    examples = golden_examples()
+    setting = WindowSettings(max_seq_length=100, doc_stride=13, max_query_length=80)
+    labelled = windows_by_example(make_train_features(examples, tokenizer, setting), len(examples))
+    located = windows_by_example(make_features(examples, tokenizer, setting), len(examples))
+    compared = 0
+    for example, our_labelled, our_located in zip(examples, labelled, located, strict=True):
+        question = example["question"].lstrip()
+        question_length = len(reference(question, add_special_tokens=False)["input_ids"])
+        if question_length > setting.max_query_length:
+            continue
+        compared += 1
+        room = setting.max_seq_length - question_length - reference.num_special_tokens_to_add(pair=True)
+        expected = reference(
+            [question],
+            [example["context"]],
+            truncation="only_second",
+            max_length=setting.max_seq_length,
+            stride=room - setting.doc_stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        assert len(our_labelled) == len(our_located) == len(expected["input_ids"]), example["id"]
+        for i, (window, at) in enumerate(zip(our_labelled, our_located, strict=True)):
+            assert window["input_ids"] == at["input_ids"] == expected["input_ids"][i]
+            assert window.get("token_type_ids") == at.get("token_type_ids")
+            assert window.get("token_type_ids") == (
+                expected["token_type_ids"][i] if "token_type_ids" in expected else None
+            )
+            context = [k for k, sequence in enumerate(expected.sequence_ids(i)) if sequence == 1]
+            assert list(range(at["context_start"], at["context_start"] + len(at["char_starts"]))) == (context or [])
+            spans = [expected["offset_mapping"][i][k] for k in context]
+            assert list(zip(at["char_starts"], at["char_ends"], strict=True)) == spans
+            label = (window["start_positions"], window["end_positions"])
+            assert label == label_of_window(example, context, spans, reference), example["id"]
+    assert compared > 70
+    assert ("token_type_ids" in make_features(examples, tokenizer, setting).column_names) == (
+        name in ("bert", "electra")
+    )
+
+
+def label_of_window(example, positions, spans, tokenizer) -> tuple[int, int]:
+    """The tokens of the window that share a character with the answer, unless the answer has others outside it."""
+    if not example["answers"]["text"]:
+        return 0, 0
+    start = example["answers"]["answer_start"][0]
+    end = start + len(example["answers"]["text"][0])
+    whole = tokenizer(example["context"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    touched = [span for span in whole if max(span[0], start) < min(span[1], end)]
+    here = [p for p, span in zip(positions, spans, strict=True) if max(span[0], start) < min(span[1], end)]
+    return (here[0], here[-1]) if here and len(here) == len(touched) else (0, 0)
+
+
+@pytest.mark.parametrize("name", ["roberta", "modernbert"])
+def test_answer_of_one_character_that_is_several_tokens(name):
+    tokenizer = TOKENIZERS[name]()
+    context = "the 😀 won"
+    examples = make_examples([("1", "who", context, "😀", 4), ("2", "who", context, " won", 5)])
+    train = make_train_features(examples, tokenizer, WindowSettings())
+    tokens = tokenizer.convert_ids_to_tokens(train[0]["input_ids"])
+    emoji_bytes = len(tokenizer.tokenize("😀"))
+    assert emoji_bytes > 1
+    first = next(
+        i
+        for i, span in enumerate(tokenizer("who", context, return_offsets_mapping=True)["offset_mapping"])
+        if span[1] == 5 and i > tokens.index("</s>")
+    )
+    assert train[0]["start_positions"] == first
+    space_is_a_token = tokens[first] == "Ġ"
+    assert train[0]["end_positions"] == first + emoji_bytes - 1 + space_is_a_token
+    text = "".join(tokens[train[1]["start_positions"] : train[1]["end_positions"] + 1])
+    assert text == "Ġwon"  # an answer that starts in whitespace
+
+
+def test_answer_of_whitespace_or_dropped_characters(caplog):
+    context = "the  king\u200b won"
+    rows = [("1", "who", context, "  ", 3), ("2", "who", context, " king\u200b", 4), ("3", "who", context, "\u200b", 9)]
+    features = make_train_features(make_examples(rows), golden_tokenizer(), WindowSettings())
+    labels = [(window["start_positions"], window["end_positions"]) for window in features]
+    king = features[1]["input_ids"].index(golden_tokenizer().convert_tokens_to_ids("king"))
+    assert labels == [(0, 0), (king, king), (0, 0)]
+    assert "2 answers are made of characters that the tokenizer drops" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Properties, on texts that nobody thought of
+
+TEXT_PIECES = st.one_of(
+    st.sampled_from(
+        "the king of and was born old 1895 Quentin café cafe\u0301 東京 😀 👩\u200d🎨 don't U.S. [SEP] </s>".split()
+    ),
+    st.sampled_from(
+        [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u202f", "\u3000", "\u200b", "-", "—", ".", "(", "\x00"]
+    ),
+    st.text(max_size=6),
+)
+TEXTS = st.lists(TEXT_PIECES, max_size=60).map(lambda pieces: "".join(pieces).encode("utf-8", "ignore").decode())
+
+
+@st.composite
+def examples_and_settings(draw):
+    contexts = draw(st.lists(TEXTS, min_size=1, max_size=3))
+    rows = []
+    for number in range(draw(st.integers(1, 5))):
+        context = draw(st.sampled_from(contexts))
+        start = draw(st.integers(0, max(len(context) - 1, 0)))
+        answer = context[start : draw(st.integers(start, min(start + 40, len(context))))]
+        rows.append((str(number), draw(TEXTS), context, answer, start))
+    max_query_length = draw(st.integers(1, 12))
+    doc_stride = draw(st.integers(1, 20))
+    max_seq_length = max_query_length + 4 + doc_stride + draw(st.integers(0, 20))  # RoBERTa has 4 special tokens
+    return rows, WindowSettings(max_seq_length, doc_stride, max_query_length)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=examples_and_settings())
+def test_every_token_is_covered_and_labels_contain_the_answer(name, case):
+    rows, setting = case
+    tokenizer = TOKENIZERS_MADE.setdefault(name, TOKENIZERS[name]())
+    examples = make_examples(rows)
+    labelled = windows_by_example(make_train_features(examples, tokenizer, setting), len(examples))
+    located = windows_by_example(make_features(examples, tokenizer, setting), len(examples))
+    for example, our_labelled, our_located in zip(examples, labelled, located, strict=True):
+        context = example["context"]
+        whole = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = list(zip(whole["input_ids"], whole["offset_mapping"], strict=True))
+        covered = []
+        for i, window in enumerate(our_located):
+            assert window["length"] == len(window["input_ids"]) <= setting.max_seq_length
+            first = window["context_start"]
+            ids = window["input_ids"][first : first + len(window["char_starts"])]
+            start = i * setting.doc_stride
+            here = list(zip(ids, zip(window["char_starts"], window["char_ends"], strict=True), strict=True))
+            assert here == tokens[start : start + len(here)]
+            covered += range(start, start + len(here))
+        assert set(covered) == set(range(len(tokens)))
+
+        if not example["answers"]["text"]:
+            assert all(window["start_positions"] == window["end_positions"] == 0 for window in our_labelled)
+            continue
+        start = example["answers"]["answer_start"][0]
+        end = start + len(example["answers"]["text"][0])
+        in_tokens = {char for _, span in tokens for char in range(*span)}
+        answer_chars = [char for char in range(start, end) if char in in_tokens]
+        for window, at in zip(our_labelled, our_located, strict=True):
+            if window["start_positions"] == 0:
+                continue
+            label = [window[key] - at["context_start"] for key in ("start_positions", "end_positions")]
+            assert 0 <= label[0] <= label[1] < len(at["char_starts"])
+            assert at["char_starts"][label[0]] <= answer_chars[0] < at["char_ends"][label[0]]
+            assert at["char_starts"][label[1]] <= answer_chars[-1] < at["char_ends"][label[1]]
+            if answer_chars[0] == start and answer_chars[-1] == end - 1:
+                assert example["answers"]["text"][0] in context[at["char_starts"][label[0]] : at["char_ends"][label[1]]]
+
+
+TOKENIZERS_MADE = {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_doc_stride_that_leaves_tokens_uncovered():
+    examples = make_examples([("1", "who " * 9, "the king " * 40, "", 0), ("2", "who", "the king", "", 0)])
+    tokenizer = golden_tokenizer()
+    make_features(examples, tokenizer, WindowSettings(max_seq_length=40, doc_stride=28, max_query_length=30))
+    make_features(examples, tokenizer, WindowSettings(max_seq_length=40, doc_stride=33, max_query_length=4))
+    with pytest.raises(ValueError, match=r"--doc_stride 29 .* \(9 tokens\) leaves 28 of --max_seq_length 40"):
+        make_features(examples, tokenizer, WindowSettings(max_seq_length=40, doc_stride=29, max_query_length=30))
+    with pytest.raises(ValueError, match=r"--doc_stride 1 .* leaves 0 of --max_seq_length 8"):
+        make_train_features(examples, tokenizer, WindowSettings(max_seq_length=8, doc_stride=1))
+
+
+@pytest.mark.parametrize("name", ["max_seq_length", "doc_stride", "max_query_length"])
+def test_window_settings_below_one(name):
+    with pytest.raises(ValueError, match=f"--{name} 0: must be at least 1"):
+        WindowSettings(**{name: 0})
+
+
+def test_check_tokenizer():
+    check_tokenizer(golden_tokenizer())
+    with pytest.raises(ValueError, match="CanineTokenizer .* is a slow tokenizer"):
+        check_tokenizer(CanineTokenizer())
+    left = golden_tokenizer()
+    left.padding_side = "left"
+    with pytest.raises(ValueError, match="BertTokenizer .* pads on the left"):
+        check_tokenizer(left)
+    with pytest.raises(ValueError, match="has no padding token"):
+        check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe()))
+
+
+def test_no_examples():
+    with pytest.raises(ValueError, match="no question"):
+        make_features(make_examples([]), golden_tokenizer(), WindowSettings())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cache
+
+
+def cache_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*features*"))
+
+
+def test_second_run_reads_the_cache(datasets_cache, monkeypatch):
+    examples, tokenizer = golden_examples(), golden_tokenizer()
+    first = make_train_features(examples, tokenizer, WindowSettings())
+    (path,) = cache_files(datasets_cache)
+    written = path.stat().st_mtime_ns, path.stat().st_ino
+
+    tokenizer("use it", padding="max_length", max_length=40, truncation=True)  # changes its state and its pickle
+    monkeypatch.setattr(data_qa, "_tokenize_contexts", None)
+    again = make_train_features(examples.select(range(len(examples))), tokenizer, WindowSettings())
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == written
+    assert again[:] == first[:]
+    fresh = make_train_features(golden_examples(), golden_tokenizer(), WindowSettings())
+    assert fresh[:] == first[:]
+    assert cache_files(datasets_cache) == [path]
+
+
+def test_overwrite_cache(datasets_cache):
+    make_features(golden_examples(), golden_tokenizer(), WindowSettings())
+    (path,) = cache_files(datasets_cache)
+    before = path.stat().st_ino
+    make_features(golden_examples(), golden_tokenizer(), WindowSettings(), overwrite_cache=True)
+    assert cache_files(datasets_cache) == [path] and path.stat().st_ino != before
+
+
+def test_any_change_makes_new_features(datasets_cache):
+    row = ("1", "who was born", "the king was born", "king", 4)
+    base = make_examples([row]), golden_tokenizer(), WindowSettings()
+    lower = golden_tokenizer()
+    other_word = BertTokenizer(vocab={token: i for i, token in enumerate([*GOLDEN["vocabulary"], "born1"])})
+    cased = BertTokenizer(vocab=lower.get_vocab(), do_lower_case=False)
+    variants = [
+        (make_train_features, *base),
+        (make_features, *base),
+        (make_train_features, make_examples([("1", "who was old", *row[2:])]), *base[1:]),
+        (make_train_features, make_examples([(*row[:2], "the king was old", *row[3:])]), *base[1:]),
+        (make_train_features, make_examples([(*row[:3], "was", 9)]), *base[1:]),
+        (make_train_features, make_examples([(*row[:3], "", 0)]), *base[1:]),
+        (make_train_features, make_examples([row, ("2", *row[1:])]), *base[1:]),
+        (make_train_features, base[0], other_word, base[2]),
+        (make_train_features, base[0], cased, base[2]),
+        (make_train_features, base[0], golden_tokenizer(DistilBertTokenizer), base[2]),
+        (make_train_features, *base[:2], WindowSettings(max_seq_length=383)),
+        (make_train_features, *base[:2], WindowSettings(doc_stride=127)),
+        (make_train_features, *base[:2], WindowSettings(max_query_length=63)),
+    ]
+    for count, (make, examples, tokenizer, setting) in enumerate(variants, start=1):
+        make(examples, tokenizer, setting)
+        assert len(cache_files(datasets_cache)) == count, f"variant {count} took the features of another"
+    # ids and titles are in no feature
+    make_train_features(make_examples([("other", *row[1:])]), *base[1:])
+    assert len(cache_files(datasets_cache)) == len(variants)
+
+
+def test_texts_that_join_to_the_same_bytes_differ(datasets_cache):
+    make_features(
+        make_examples([("1", "who", "the king", "", 0), ("2", "who", "was", "", 0)]),
+        golden_tokenizer(),
+        WindowSettings(),
+    )
+    make_features(
+        make_examples([("1", "who", "the ", "", 0), ("2", "who", "kingwas", "", 0)]),
+        golden_tokenizer(),
+        WindowSettings(),
+    )
+    assert len(cache_files(datasets_cache)) == 2
+
+
+@pytest.mark.parametrize("make", [make_train_features, make_features])
+def test_more_processes_write_the_same_bytes(make, datasets_cache, monkeypatch):
+    monkeypatch.setattr(data_qa, "TEXTS_PER_BATCH", 7)
+    make(golden_examples(), golden_tokenizer(), WindowSettings(64, 16, 24))
+    (path,) = cache_files(datasets_cache)
+    alone = path.read_bytes()
+    monkeypatch.setattr(data_qa, "TEXTS_PER_BATCH", 1000)
+    make(golden_examples(), golden_tokenizer(), WindowSettings(64, 16, 24), num_proc=2, overwrite_cache=True)
+    assert path.read_bytes() == alone
+
+
+def test_features_do_not_depend_on_batches(monkeypatch):
+    expected = make_features(golden_examples(), golden_tokenizer(), WindowSettings(32, 8, 12))[:]
+    monkeypatch.setattr(data_qa, "WINDOWS_PER_BATCH", 3)
+    monkeypatch.setattr(data_qa, "ROWS_PER_RECORD_BATCH", 2)
+    assert (
+        make_features(golden_examples(), golden_tokenizer(), WindowSettings(32, 8, 12), overwrite_cache=True)[:]
+        == expected
+    )
+
+
+def test_selected_and_shuffled_examples():
+    """Rows come from the examples as the caller sees them, not from the table under a selection."""
+    examples, tokenizer, setting = golden_examples(), golden_tokenizer(), WindowSettings()
+    chosen = [7, 3, 3, 20]
+    expected = windows_by_example(make_train_features(examples, tokenizer, setting), len(examples))
+    ours = windows_by_example(make_train_features(examples.select(chosen), tokenizer, setting), len(chosen))
+    for i, index in enumerate(chosen):
+        assert [{**window, "example_index": index} for window in ours[i]] == expected[index]
+
+
+def test_half_written_files_are_never_read(datasets_cache, monkeypatch):
+    expected = make_features(golden_examples(), golden_tokenizer(), WindowSettings())[:]
+    (path,) = cache_files(datasets_cache)
+    path.unlink()
+    slice_tokens, calls = data_qa._ranges, []
+
+    def fail_late(*args):
+        calls.append(args)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        return slice_tokens(*args)
+
+    monkeypatch.setattr(data_qa, "_ranges", fail_late)
+    monkeypatch.setattr(data_qa, "WINDOWS_PER_BATCH", 8)
+    with pytest.raises(OSError):
+        make_features(golden_examples(), golden_tokenizer(), WindowSettings())
+    assert cache_files(datasets_cache) == []
+    # and what a killed process leaves is passed over
+    monkeypatch.undo()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", datasets_cache)
+    path.with_name(path.name + ".0123abcd.writing").write_bytes(b"half")
+    assert make_features(golden_examples(), golden_tokenizer(), WindowSettings())[:] == expected
+
+
+def test_two_processes_at_once(tmp_path):
+    """Both read the file, make features and find the same; what they write in turn is whole at any time."""
+    source = tmp_path / "squad.json"
+    source.write_text(json.dumps({"data": NESTED}))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2) as pool:
+        results = pool.starmap(read_and_make, [(source, tmp_path / "cache")] * 6, chunksize=1)
+    assert all(result == results[0] for result in results)
+
+
+def read_and_make(source, cache_dir):
+    examples = read_squad_file(source, cache_dir)
+    features = make_train_features(examples, golden_tokenizer(), WindowSettings(), overwrite_cache=True)
+    return examples[:], features[:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading files
+
+NESTED = [
+    {
+        "title": "Kings",
+        "paragraphs": [
+            {
+                "context": "The king was born.",
+                "qas": [
+                    {"id": "a", "question": "Who?", "answers": [{"text": "king", "answer_start": 4}]},
+                    {
+                        "id": "b",
+                        "question": "What?",
+                        "answers": [{"text": "The king", "answer_start": 0}, {"text": "king", "answer_start": 4}],
+                    },
+                ],
+            }
+        ],
+    },
+    {
+        "title": "Ünïcode 😀",
+        "paragraphs": [{"context": "Élan.", "qas": [{"id": "c", "question": "?", "answers": []}]}],
+    },
+]
+ROWS = [
+    {
+        "id": "a",
+        "title": "Kings",
+        "context": "The king was born.",
+        "question": "Who?",
+        "answers": {"text": ["king"], "answer_start": [4]},
+    },
+    {
+        "id": "b",
+        "title": "Kings",
+        "context": "The king was born.",
+        "question": "What?",
+        "answers": {"text": ["The king", "king"], "answer_start": [0, 4]},
+    },
+    {"id": "c", "title": "Ünïcode 😀", "context": "Élan.", "question": "?", "answers": NO_ANSWER},
+]
+
+
+def write(path: Path, content) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def without(item: dict, *keys: str) -> dict:
+    return {key: value for key, value in item.items() if key not in keys}
+
+
+LAYOUTS = {
+    "nested": json.dumps({"version": "1.1", "data": NESTED}),
+    "flat in data": json.dumps({"data": ROWS}),
+    "list of rows": json.dumps(ROWS, ensure_ascii=False),
+    "json lines": "\n".join(json.dumps(row) for row in ROWS),
+    "json lines, crlf, blank lines, byte order mark": "\ufeff" + "\r\n\r\n".join(json.dumps(r) for r in ROWS) + "\r\n",
+    "rows with answers as SQuAD has them": json.dumps([*ROWS[:2], {**ROWS[2], "answers": []}]),
+    "indented": json.dumps({"data": NESTED}, indent=4),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, tmp_path):
+    examples = read_squad_file(write(tmp_path / "file", LAYOUTS[layout]), tmp_path / "cache")
+    assert examples.features == EXAMPLE_FEATURES
+    assert examples.to_list() == ROWS
+
+
+def test_one_row_in_json_lines(tmp_path):
+    assert read_squad_file(write(tmp_path / "file", json.dumps(ROWS[1])), tmp_path / "cache").to_list() == ROWS[1:2]
+
+
+def test_squad_2(tmp_path):
+    questions = [
+        {"id": "a", "question": "Who?", "is_impossible": False, "answers": [{"text": "king", "answer_start": 4}]},
+        {"id": "b", "question": "?", "is_impossible": True, "answers": [], "plausible_answers": [{"text": "x"}]},
+        {"id": "c", "question": "?", "is_impossible": True, "answers": [{"text": "king", "answer_start": 4}]},
+        {"id": "d", "question": "?", "is_impossible": True},
+    ]
+    data = [{"title": "t", "paragraphs": [{"context": "The king", "qas": questions}]}]
+    examples = read_squad_file(write(tmp_path / "file", json.dumps({"data": data})), tmp_path / "cache")
+    assert examples["answers"][:] == [{"text": ["king"], "answer_start": [4]}, NO_ANSWER, NO_ANSWER, NO_ANSWER]
+
+
+def test_no_gold_answers_title_or_string_ids(tmp_path):
+    rows = [{"id": 7, "context": "c", "question": "q"}, {"id": "x", "title": None, "context": "c", "question": "r"}]
+    examples = read_squad_file(write(tmp_path / "file", json.dumps(rows)), tmp_path / "cache")
+    assert examples.column_names == ["id", "title", "context", "question"]
+    assert examples["id"][:] == ["7", "x"] and examples["title"][:] == ["", ""]
+
+
+def test_files_are_cached_by_content(tmp_path, monkeypatch):
+    path, copy = write(tmp_path / "file", LAYOUTS["nested"]), write(tmp_path / "copy", LAYOUTS["nested"])
+    read_squad_file(path, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(data_qa, "_parse_json", None)
+        assert read_squad_file(copy, tmp_path / "cache").to_list() == ROWS
+    write(path, LAYOUTS["nested"].replace("Who?", "Why?"))
+    assert read_squad_file(path, tmp_path / "cache")["question"][0] == "Why?"
+
+
+def nested(**changes) -> str:
+    question = {"id": "a", "question": "Who?", "answers": [{"text": "king", "answer_start": 4}], **changes}
+    question = {key: value for key, value in question.items() if value is not Ellipsis}
+    return json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "The king", "qas": [question]}]}]})
+
+
+QA = r"data\[0\]\.paragraphs\[0\]\.qas\[0\]"
+REFUSED = {
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\t ", "is empty"),
+    "not JSON": (b'{"data": [', "line 1 column 11: not JSON"),
+    "cut off": (LAYOUTS["indented"][:200], r"line \d+ column \d+: not JSON"),
+    "not JSON lines": (json.dumps(ROWS[0]) + '\n{"id": ', "line 2 column 8: not JSON"),
+    "not UTF-8": (b'{"data": "\xff"}', "byte 10: not UTF-8"),
+    "UTF-16": (LAYOUTS["nested"].encode("utf-16"), "byte 0: not UTF-8"),
+    "nested too deep": (b"[" * 100_000, "JSON that cannot be read"),
+    "a number of 5000 digits": (b'{"data": ' + b"1" * 5000 + b"}", "JSON that cannot be read"),
+    "a number": (b"5", "the file: must be a list, is 5"),
+    "no data": (b'{"version": "1.1"}', 'missing key "data"'),
+    "data is null": (b'{"data": null}', "data: must be a list, is None"),
+    "no question": (b'{"data": []}', "holds no question"),
+    "no question in paragraphs": (b'{"data": [{"paragraphs": [{"context": "c", "qas": []}]}]}', "holds no question"),
+    "neither layout": (b'{"data": [{"text": "x"}]}', r'data\[0\]: missing key "paragraphs" .* or "context"'),
+    "row is a string": (b'["x"]', "row 0: must be an object, is 'x'"),
+    "paragraph is a list": (b'{"data": [{"paragraphs": [[]]}]}', r"data\[0\]\.paragraphs\[0\]: must be an object"),
+    "no context": (b'{"data": [{"paragraphs": [{"qas": []}]}]}', r'paragraphs\[0\]: missing key "context"'),
+    "no qas": (b'{"data": [{"paragraphs": [{"context": "c"}]}]}', r'paragraphs\[0\]: missing key "qas"'),
+    "no id": (nested(id=...), rf'{QA}: missing key "id"'),
+    "no question key": (nested(question=...), rf'{QA}: missing key "question"'),
+    "question is null": (nested(question=None), rf"{QA}\.question: must be a string, is None"),
+    "id is a float": (nested(id=1.5), rf"{QA}\.id: must be a string, is 1.5"),
+    "id is true": (nested(id=True), rf"{QA}\.id: must be a string, is True"),
+    "title is a list": (json.dumps([{**ROWS[0], "title": []}]), r"row 0\.title: must be a string"),
+    "answers is a string": (nested(answers="king"), rf"{QA}\.answers: must be a list, is 'king'"),
+    "answer is a string": (nested(answers=["king"]), rf"{QA}\.answers\[0\]: must be an object"),
+    "answer without text": (nested(answers=[{"answer_start": 1}]), rf'{QA}\.answers\[0\]: missing key "text"'),
+    "answer without start": (nested(answers=[{"text": "x"}]), rf'{QA}\.answers\[0\]: missing key "answer_start"'),
+    "start is a string": (
+        nested(answers=[{"text": "x", "answer_start": "4"}]),
+        r"answer_start: must be an integer, is '4'",
+    ),
+    "start is a float": (nested(answers=[{"text": "x", "answer_start": 4.0}]), r"answer_start: must be an integer"),
+    "start is NaN": (nested(answers=[{"text": "x", "answer_start": float("nan")}]), r"must be an integer, is nan"),
+    "start is true": (nested(answers=[{"text": "x", "answer_start": True}]), r"must be an integer, is True"),
+    "start is huge": (nested(answers=[{"text": "x", "answer_start": 2**31}]), "2147483648 is outside every text"),
+    "texts without starts": (nested(answers={"text": ["x"]}), rf'{QA}\.answers: missing key "answer_start"'),
+    "fewer starts": (nested(answers={"text": ["x"], "answer_start": []}), "1 texts but 0 answer_starts"),
+    "is_impossible is a string": (nested(is_impossible="no"), rf"{QA}\.is_impossible: must be true or false, is 'no'"),
+    "half a surrogate pair": (nested(question="a\ud800"), rf"{QA}\.question: character 1 is half of a surrogate pair"),
+    "duplicate id": (
+        json.dumps([ROWS[0], ROWS[1], {**ROWS[2], "id": "a"}]),
+        "row 2: id 'a' is already the id of row 0",
+    ),
+    "id 7 and id '7'": (json.dumps([{**ROWS[0], "id": 7}, {**ROWS[1], "id": "7"}]), "row 1: id '7' is already"),
+    "answers in some rows only": (json.dumps([ROWS[0], without(ROWS[1], "answers")]), 'row 1: missing key "answers"'),
+    "a row of JSON lines without question": (
+        json.dumps(ROWS[0]) + "\n" + json.dumps(without(ROWS[1], "question")),
+        'row 1: missing key "question"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_files(name, tmp_path):
+    content, message = REFUSED[name]
+    path = write(tmp_path / "bad.json", content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_squad_file(path, tmp_path / "cache")
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert list(tmp_path.rglob("*.arrow")) == []
+
+
+def test_file_that_cannot_be_opened(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.json: cannot be read: No such file or directory"):
+        read_squad_file(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        read_squad_file(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Misplaced answers
+
+
+def test_drop_misplaced_answers(caplog):
+    context = "the king was born"
+    good = [("g1", "who", context, "king", 4), ("g2", "who", context, "", 0), ("g3", "who", context, "born", 13)]
+    bad = [
+        ("b1", "who", context, "king", 5),
+        ("b2", "who", context, "the", -17),
+        ("b3", "who", context, "born", 2**31 - 1),
+    ]
+    examples = make_examples([good[0], bad[0], good[1], bad[1], bad[2], good[2]])
+    empty = {
+        "id": "b4",
+        "title": "",
+        "context": context,
+        "question": "?",
+        "answers": {"text": [""], "answer_start": [0]},
+    }
+    examples = Dataset.from_list([*examples.to_list(), empty], features=EXAMPLE_FEATURES)
+    with caplog.at_level(logging.WARNING):
+        kept = drop_misplaced_answers(examples, "train.json")
+    assert kept["id"][:] == ["g1", "g2", "g3"]
+    assert "train.json: 4 of 7 questions are left out" in caplog.text and "b1, b2, b3, b4" in caplog.text
+    caplog.clear()
+    assert drop_misplaced_answers(make_examples(good), "train.json")["id"][:] == ["g1", "g2", "g3"]
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match="train.json: no question's answer stands at its answer_start"):
+        drop_misplaced_answers(make_examples(bad), "train.json")
+    with pytest.raises(ValueError, match='train.json: missing key "answers"'):
+        drop_misplaced_answers(make_examples(good).remove_columns("answers"), "train.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hub, from its cache on disk
+
+
+@pytest.fixture
+def hub(tmp_path):
+    def load(name="squad", config_name=None, files=None):
+        return load_examples(name, config_name, files or {}, cache_dir=tmp_path / "datasets")
+
+    return load
+
+
+def test_hub_dataset(hub, tmp_path):
+    train = Dataset.from_list(ROWS, features=EXAMPLE_FEATURES)
+    cache_dataset(tmp_path, "squad", "plain_text", {"train": train, "validation": train.select([1])})
+    splits = hub()
+    assert {name: split["id"][:] for name, split in splits.items()} == {"train": ["a", "b", "c"], "validation": ["b"]}
+    assert splits["train"].to_list() == ROWS
+    assert hub(config_name="plain_text").keys() == splits.keys()
+    own = write(tmp_path / "own.json", json.dumps(ROWS[2:]))
+    splits = hub(files={"train": None, "validation": own, "test": own})
+    assert [splits[name]["id"][:] for name in ("train", "validation", "test")] == [["a", "b", "c"], ["c"], ["c"]]
+
+
+def test_hub_dataset_in_other_types(hub, tmp_path):
+    """Columns in another order, more columns, no title, 64 bit starts: read. Features land beside the dataset."""
+    features = Features(
+        {
+            "level": Value("int32"),
+            "answers": {"answer_start": datasets.List(Value("int64")), "text": datasets.List(Value("string"))},
+            "question": Value("string"),
+            "context": Value("large_string"),
+            "id": Value("string"),
+        }
+    )
+    rows = [{**without(row, "title"), "level": 3} for row in ROWS]
+    cache_dataset(tmp_path, "org/QaSet", "default", {"train": Dataset.from_list(rows, features=features)})
+    train = hub("org/QaSet")["train"]
+    assert train.to_list() == [{**row, "title": ""} for row in ROWS]
+    make_train_features(train, golden_tokenizer(), WindowSettings())
+
+
+def test_hub_dataset_without_answers(hub, tmp_path):
+    test = Dataset.from_list([without(row, "answers") for row in ROWS])
+    cache_dataset(tmp_path, "squad", "plain_text", {"test": test})
+    assert "answers" not in hub()["test"].column_names
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: [without(row, "context") for row in rows],
+            r'squad \(train\): no column "context"; found id, title',
+        ),
+        (lambda rows: [without(row, "id") for row in rows], 'no column "id"'),
+        (lambda rows: [{**row, "answers": "king"} for row in rows], "its columns are not those of SQuAD"),
+        (lambda rows: [{**row, "id": "same"} for row in rows], "id 'same' stands more than once"),
+        (lambda rows: [rows[0], {**rows[1], "question": None}], 'row 1 has no value in column "question"'),
+        (lambda rows: [rows[0], {**rows[1], "answers": None}], 'row 1 has no value in column "answers"'),
+        (
+            lambda rows: [rows[0], {**rows[1], "answers": {"text": ["x"], "answer_start": []}}],
+            "row 1 has not as many answer_starts as answer texts",
+        ),
+        (
+            lambda rows: [rows[0], {**rows[1], "answers": {"text": [None], "answer_start": [1]}}],
+            'column "answers" has an answer without "text"',
+        ),
+    ],
+)
+def test_hub_dataset_that_does_not_fit(change, message, hub, tmp_path):
+    cache_dataset(tmp_path, "squad", "plain_text", {"train": Dataset.from_list(change(ROWS))})
+    with pytest.raises(ValueError, match=message) as error:
+        hub()
+    assert "\n" not in str(error.value)
+
+
+def test_hub_dataset_that_is_not_there(hub, tmp_path):
+    with pytest.raises(ValueError, match="--dataset_name squad: cannot be loaded .*OfflineModeIsEnabled") as error:
+        hub()
+    assert "\n" not in str(error.value)
+    cache_dataset(tmp_path, "squad", "plain_text", {"train": Dataset.from_list(ROWS)})
+    with pytest.raises(ValueError, match="--dataset_name squad: .* for config 'other'") as error:
+        hub(config_name="other")
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Collator
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_collator_pads_as_the_tokenizer(name):
+    tokenizer = TOKENIZERS[name]()
+    features = make_train_features(golden_examples(), tokenizer, WindowSettings(64, 16, 24))
+    rows = [features[i] for i in (0, 30, 5)]
+    inputs = [{key: row[key] for key in ("input_ids", "token_type_ids") if key in row} for row in rows]
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    for options, padding in [
+        ({}, {"padding": "longest"}),
+        ({"pad_to_multiple_of": 8}, {"padding": "longest", "pad_to_multiple_of": 8}),
+        ({"pad_to_max_length": 70}, {"padding": "max_length", "max_length": 70}),
+    ]:
+        batch = QADataCollator(tokenizer, **options)(rows)
+        expected = dict(tokenizer.pad(inputs, return_tensors="pt", **padding))
+        expected["start_positions"] = torch.tensor([row["start_positions"] for row in rows])
+        expected["end_positions"] = torch.tensor([row["end_positions"] for row in rows])
+        assert batch.keys() == expected.keys()
+        for key in expected:
+            assert batch[key].dtype == torch.int64 and torch.equal(batch[key], expected[key]), key
+    evaluation = make_features(golden_examples(), tokenizer, WindowSettings())
+    assert "start_positions" not in QADataCollator(tokenizer)([evaluation[0]])
