@@ -335,8 +335,8 @@ def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start"
 
 def bar_chart(groups: list[tuple[str, list[Question]]], label: str) -> str:
     """One line a group: its f1 as a light bar, its exact as a dark one in front, and how many questions it has."""
-    left, right, row = 80, 208, 28
-    f1_end, exact_end = right + 40, right + 86
+    left, right, row = 80, 198, 28
+    f1_end, exact_end = right + 40, right + 98
     parts = [
         f'<rect x="{f1_end - 26}" y="3" width="9" height="9" rx="2" class="light"/>',
         text(f1_end, 12, "f1", "muted", "end"),
@@ -627,17 +627,18 @@ def marked_context(question: Question) -> str:
             shown[max(start - SURROUNDINGS, 0) : end + SURROUNDINGS] = True
     edges = {0, len(context), *(edge for start, end, _ in spans for edge in (start, end))}
     edges = sorted(edges | set((np.flatnonzero(np.diff(shown)) + 1).tolist()))
-    pieces = []
+    parts: list[tuple[str, str]] = []  # (kind, text)
     for start, end in zip(edges, edges[1:], strict=False):
         kinds = {kind for low, high, kind in spans if low <= start and end <= high}
-        piece = escape(context[start:end])
+        kind = "both" if len(kinds) == 2 else kinds.pop() if kinds else "plain"
         if not shown[start]:
-            pieces.append(" <i>…</i> ")
-        elif kinds:
-            pieces.append(f"<mark class={'both' if len(kinds) == 2 else kinds.pop()}>{piece}</mark>")
+            parts.append(("cut", ""))
+        elif parts and parts[-1][0] == kind:
+            parts[-1] = (kind, parts[-1][1] + context[start:end])
         else:
-            pieces.append(piece)
-    return "".join(pieces)
+            parts.append((kind, context[start:end]))
+    html = {"plain": "{}", "cut": " <i>…</i> ", **{k: f"<mark class={k}>{{}}</mark>" for k in ("gold", "pred", "both")}}
+    return "".join(html[kind].format(escape(content)) for kind, content in parts)
 
 
 STYLE = """
