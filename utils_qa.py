@@ -1,7 +1,7 @@
 """From start and end logits to answers, and from answers to scores.
 
 `postprocess_qa_predictions` picks the answer spans, `write_predictions` writes them, `squad_scores` compares them with
-the gold answers through `SquadMetric`.
+the gold answers. `SquadMetric` is the same comparison in the interface of `evaluate`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import datasets
@@ -159,7 +159,7 @@ def _windows_by_example(features: datasets.Dataset, ids: list[str]) -> _Windows:
 
 def _column(dataset: datasets.Dataset, name: str) -> pa.Array:
     """One column as one Arrow array: no Python object per row, and a selection or shuffle of rows is honoured."""
-    column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
+    column = dataset.with_format("arrow", columns=[name])[:].column(name)
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
@@ -191,7 +191,7 @@ def _check_values(start_logits, end_logits, windows: _Windows, ids: list[str], n
 
 
 def _chunks(num_windows: int):
-    return (slice(i, i + WINDOWS_PER_CHUNK) for i in range(0, num_windows, WINDOWS_PER_CHUNK))
+    return (slice(i, i + WINDOWS_PER_CHUNK) for i in range(0, max(num_windows, 1), WINDOWS_PER_CHUNK))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,65 +419,65 @@ def write_text(path: str, pieces: Iterable[str]) -> None:
 def squad_scores(
     examples: datasets.Dataset, qa_predictions: QAPredictions, null_score_diff_threshold: float = 0.0
 ) -> dict[str, float]:
-    """Compare the answers with the gold answers of `examples` (columns id, answers); see `SquadMetric` for the keys.
+    """Compare the answers with the gold answers of `examples` (columns id, answers); `SquadMetric` explains the keys.
 
-    For version 2 the best non-null answers are scored, replaced by "" where null odds > the threshold; those are the
-    answers that `postprocess_qa_predictions` gives with the same threshold.
+    For version 2 (null odds are there) the best non-null answers are scored, as "" where the null odds exceed the
+    threshold; those are the answers that `postprocess_qa_predictions` gives for the same threshold.
+
+    Raises ValueError for examples without gold answers, or with a question that has no prediction (names it).
     """
     if "answers" not in examples.column_names:
         raise ValueError("the examples have no gold answers (column answers): predict them, they cannot be evaluated")
     ids = _column(examples, "id").to_pylist()
     golds = pc.struct_field(_column(examples, "answers"), "text").to_pylist()
-    return _squad_evaluate(
-        ids, golds, qa_predictions.best_non_null, qa_predictions.null_odds, null_score_diff_threshold
-    )
+    answers, odds = qa_predictions.best_non_null, qa_predictions.null_odds
+    return _squad_evaluate(ids, golds, answers, odds, null_score_diff_threshold)
 
 
 class SquadMetric(evaluate.Metric):
-    """The official SQuAD metric for both versions, as transformers 4's `squad_evaluate` computes it. Needs no network.
+    """The official SQuAD metric, as transformers 4's `squad_evaluate` computes it; needs no network.
 
-    `compute(predictions=[{id, prediction_text, no_answer_probability}], references=[{id, answers: {text,
-    answer_start}}], no_answer_threshold=1.0)`. A reference without an answer text is a question without an answer.
-    `no_answer_probability` is any number that grows with the belief that there is no answer (null odds will do), None
-    for version 1. Where it exceeds `no_answer_threshold`, the prediction counts as "".
+    `SquadMetric().compute(predictions=[{id, prediction_text}], references=[{id, answers: {text, answer_start}}])` for
+    version 1. For version 2, `SquadMetric("squad_v2")` takes predictions with a no_answer_probability as well (any
+    number that grows with the belief that there is no answer: null odds will do), and `compute` a no_answer_threshold:
+    a prediction whose no_answer_probability exceeds it counts as "". A question without an answer has no answer text.
 
-    Returns, in percent: exact, f1, total; the same with prefix HasAns_ and NoAns_ where there are such questions; for
-    version 2 best_exact, best_exact_thresh, best_f1, best_f1_thresh: the best scores that any threshold reaches.
+    Returns, in percent, exact, f1 and total; the same over the questions with an answer (HasAns_*) and without one
+    (NoAns_*), where there are any; for version 2 best_exact, best_exact_thresh, best_f1 and best_f1_thresh.
+
+    The best scores are the highest that exact and f1 reach with any no_answer_threshold, each with the lowest threshold
+    that reaches it. They equal `squad_evaluate`'s, save where that claims a score that no threshold reaches, or gives
+    a threshold that does not: it breaks up questions of equal probability, counts a prediction without a word ("the")
+    as wrong where there is no answer, and says 0 for answering nothing even if probabilities are not above 0.
     """
 
     def _info(self):
+        if self.config_name not in ("default", "squad", "squad_v2"):
+            raise ValueError(f"SquadMetric has no configuration {self.config_name!r}: use squad or squad_v2")
+        text = datasets.Value("string")
+        prediction = {"id": text, "prediction_text": text}
+        if self.config_name == "squad_v2":
+            prediction["no_answer_probability"] = datasets.Value("float64")
+        answers = {"text": datasets.List(text), "answer_start": datasets.List(datasets.Value("int32"))}
         return evaluate.MetricInfo(
             description=self.__doc__,
-            citation="Rajpurkar et al. 2016, 2018: SQuAD, 100,000+ Questions for Machine Comprehension of Text",
-            features=datasets.Features(
-                {
-                    "predictions": {
-                        "id": datasets.Value("string"),
-                        "prediction_text": datasets.Value("string"),
-                        "no_answer_probability": datasets.Value("float64"),
-                    },
-                    "references": {
-                        "id": datasets.Value("string"),
-                        "answers": {
-                            "text": datasets.List(datasets.Value("string")),
-                            "answer_start": datasets.List(datasets.Value("int32")),
-                        },
-                    },
-                }
-            ),
+            citation="Rajpurkar et al. 2016 (SQuAD) and 2018 (SQuAD 2.0)",
+            features=datasets.Features({"predictions": prediction, "references": {"id": text, "answers": answers}}),
         )
 
     def _compute(self, predictions, references, no_answer_threshold=1.0):
         texts = {p["id"]: p["prediction_text"] for p in predictions}
-        odds = {p["id"]: p["no_answer_probability"] for p in predictions if p["no_answer_probability"] is not None}
+        odds = None
+        if self.config_name == "squad_v2":
+            odds = {p["id"]: p["no_answer_probability"] for p in predictions}
         ids = [r["id"] for r in references]
         golds = [r["answers"]["text"] for r in references]
-        return _squad_evaluate(ids, golds, texts, odds or None, no_answer_threshold)
+        return _squad_evaluate(ids, golds, texts, odds, no_answer_threshold)
 
 
 def _squad_evaluate(
-    ids: list[str],
-    golds: list[list[str]],
+    ids: Sequence[str],
+    golds: Sequence[Sequence[str]],
     predictions: dict[str, str],
     null_odds: dict[str, float] | None,
     threshold: float,
