@@ -162,7 +162,7 @@ def _parse_squad(content: bytes, path: str) -> pa.Table:
     for row, place in _squad_rows(_parse_json(content, path), path):
         id_ = row[0]
         if id_ in places:
-            raise ValueError(f"{path}: {place}: id {reprlib.repr(id_)} is already the id of {places[id_]}")
+            raise ValueError(f"{path}: {place}: id {_shown(id_)} is already the id of {places[id_]}")
         places[id_] = place
         for column, value in zip(rows.values(), row, strict=True):
             column.append(value)
@@ -282,9 +282,15 @@ def _answers(value: Any, place: str, path: str) -> list[tuple[str, int]]:
         text = _string(answer, "text", answer_place, path)
         start = _typed(_required(answer, "answer_start", answer_place, path), int, f"{answer_place}.answer_start", path)
         if not -(2**31) <= start < 2**31:
-            raise ValueError(f"{path}: {answer_place}.answer_start: {reprlib.repr(start)} is outside every text")
+            raise ValueError(f"{path}: {answer_place}.answer_start: {_shown(start)} is outside every text")
         answers.append((text, start))
     return answers
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value for a message, however large or deep it is."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
@@ -298,7 +304,7 @@ def _required(item: dict, key: str, place: str, path: str) -> Any:
 
 def _typed(value: Any, kind: type, place: str, path: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{path}: {place}: must be {JSON_NAMES[kind]}, is {reprlib.repr(value)}")
+        raise ValueError(f"{path}: {place}: must be {JSON_NAMES[kind]}, is {_shown(value)}")
     return value
 
 
