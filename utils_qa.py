@@ -321,17 +321,17 @@ def _to_predictions(
         }
     )
     n_best = NBest(ids, table, bounds.tolist())
-    if nulls is None:
-        first_texts = {id_: texts[i] for id_, i in zip(ids, bounds[:-1].tolist(), strict=True)}
-        return QAPredictions(answers=first_texts, n_best=n_best, null_odds=None, best_non_null=first_texts)
 
     # The best answer that is not empty; where no span is, the placeholder that _n_best put first.
-    spans = np.flatnonzero(candidates.char_end > candidates.char_start)
     best = bounds[:-1].copy()
+    spans = np.flatnonzero(candidates.char_end > candidates.char_start)
     with_span, first = np.unique(candidates.example[spans], return_index=True)
     best[with_span] = spans[first]
-    odds = (nulls.score - candidates.start_logit[best] - candidates.end_logit[best]).tolist()
     best_non_null = {id_: texts[i] for id_, i in zip(ids, best.tolist(), strict=True)}
+    if nulls is None:
+        answers = {id_: texts[i] for id_, i in zip(ids, bounds[:-1].tolist(), strict=True)}
+        return QAPredictions(answers, n_best, None, best_non_null)
+    odds = (nulls.score - candidates.start_logit[best] - candidates.end_logit[best]).tolist()
     null_odds = dict(zip(ids, odds, strict=True))
     answers = {id_: "" if null_odds[id_] > null_score_diff_threshold else text for id_, text in best_non_null.items()}
     return QAPredictions(answers, n_best, null_odds, best_non_null)
@@ -430,7 +430,8 @@ def squad_scores(
         raise ValueError("the examples have no gold answers (column answers): predict them, they cannot be evaluated")
     ids = _column(examples, "id").to_pylist()
     golds = pc.struct_field(_column(examples, "answers"), "text").to_pylist()
-    answers, odds = qa_predictions.best_non_null, qa_predictions.null_odds
+    odds = qa_predictions.null_odds
+    answers = qa_predictions.answers if odds is None else qa_predictions.best_non_null
     return _squad_evaluate(ids, golds, answers, odds, null_score_diff_threshold)
 
 

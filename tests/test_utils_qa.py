@@ -73,9 +73,9 @@ def plain_postprocess(examples, windows, predictions, version_2, n_best_size, ma
 
         scores = [float(c["score"]) for c in kept]
         exps = [math.exp(score - max(scores)) for score in scores]
-        best = next((c for c in kept if c["text"]), kept[0]) if version_2 else kept[0]
+        best = next((c for c in kept if c["text"]), kept[0])
         odds = float(null["score"] - best["start_logit"] - best["end_logit"])
-        answers[example["id"]] = "" if version_2 and odds > threshold else best["text"]
+        answers[example["id"]] = kept[0]["text"] if not version_2 else "" if odds > threshold else best["text"]
         null_odds[example["id"]], best_non_null[example["id"]] = odds, best["text"]
         n_best[example["id"]] = [
             {key: c[key] for key in ("text", "start_logit", "end_logit", "start", "end")}
@@ -474,6 +474,8 @@ def test_what_cannot_be_scored_is_refused():
     examples = Dataset.from_list([{"id": "q", "answers": {"text": ["one"], "answer_start": [0]}}])
     with pytest.raises(ValueError, match=r"1 questions have no answer \(first ids: q\)"):
         squad_scores(examples, QAPredictions({}, {}, None, {}))
+    with pytest.raises(ValueError, match=r"1 questions have no answer"):
+        squad_scores(examples, QAPredictions({"q": ""}, {}, {}, {}))
     with pytest.raises(ValueError, match=r"1 questions have no null odds \(first ids: q\)"):
         squad_scores(examples, QAPredictions({"q": ""}, {}, {}, {"q": ""}))
     with pytest.raises(ValueError, match="no gold answers"):
