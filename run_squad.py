@@ -9,6 +9,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -270,7 +271,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         train_ids=examples["train"]["id"] if "train" in examples else None,
         max_nonfinite_steps=training_args.max_nonfinite_steps,
     )
-    log_summary(model, examples, features, training_args)
+    log_summary(model, examples, features, data_args, training_args)
     if trainer.is_world_process_zero() and (training_args.do_train or training_args.do_eval):
         os.makedirs(training_args.output_dir, exist_ok=True)
         write_json(os.path.join(training_args.output_dir, QA_SETTINGS), qa_settings(model_args, data_args))
@@ -376,11 +377,26 @@ def set_up_logging(training_args: QATrainingArguments) -> None:
     transformers.logging.disable_progress_bar()  # of loading and writing weights; the Trainer's own stay
 
 
-def log_summary(model, examples, features, training_args: QATrainingArguments) -> None:
-    precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
+def log_summary(model, examples, features, data_args, training_args: QATrainingArguments) -> None:
+    """The first lines of a run: what is trained or evaluated, on what, and how."""
     logger.info("Model: %s, %s positions.", type(model).__name__, position_type_of(model.config))
     for split, questions in examples.items():
-        logger.info("%s: %d questions, %d windows.", split, len(questions), len(features[split]))
+        logger.info("%s: %d questions, %d windows.", split.capitalize(), len(questions), len(features[split]))
+    logger.info(
+        "Windows: at most %d tokens; the next one starts %d context tokens later (run_qa.py took --doc_stride as the "
+        "overlap instead).",
+        data_args.max_seq_length,
+        data_args.doc_stride,
+    )
+    if training_args.do_train:
+        batch = training_args.train_batch_size * training_args.world_size
+        accumulated = training_args.gradient_accumulation_steps
+        steps_per_epoch = math.ceil(math.ceil(len(features["train"]) / batch) / accumulated)
+        steps = training_args.max_steps
+        if steps <= 0:
+            steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
+        logger.info("Training: %d steps of %d windows.", steps, batch * accumulated)
+    precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
     logger.info("Device: %s, %d process(es), %s.", training_args.device, training_args.world_size, precision)
 
 
