@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Trains the three position types on the toy SQuAD at the same budget, and compares them: a table of f1, and a picture
+# of f1 over steps. A seed decides the paragraphs, the first weights and the order of training. About half an hour on
+# 2 cores; a comparison that was interrupted goes on with the same command.
+#
+#   bash scripts/compare_positions.sh [OUTPUT_DIR] [flags of run_squad.py]
+#
+# SEEDS: the seeds ("0 1 2"). TRAIN_PARAGRAPHS: the size of the toy SQuAD (10000).
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+output_dir=compare_positions_output
+if [[ $# -gt 0 && $1 != -* ]]; then
+    output_dir="$1"
+    shift
+fi
+python -c "import matplotlib" 2>/dev/null || {
+    echo "compare_positions.sh: error: matplotlib is missing: python -m pip install matplotlib" >&2
+    exit 2
+}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+mkdir -p "$output_dir"
+budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "$@")"
+if [[ -f $output_dir/budget.txt && $(cat "$output_dir/budget.txt") != "$budget" ]]; then
+    echo "compare_positions.sh: error: $output_dir holds a comparison with other flags: name another folder" >&2
+    exit 2
+fi
+printf '%s\n' "$budget" >"$output_dir/budget.txt"
+
+for seed in ${SEEDS:-0 1 2}; do
+    toy_squad="$output_dir/seed-$seed/toy_squad"
+    if [[ ! -f $toy_squad/relative_key_query/tokenizer_config.json ]]; then # the last file of it
+        python "$root/scripts/make_toy_squad.py" "$toy_squad" \
+            --seed "$seed" --train_paragraphs "${TRAIN_PARAGRAPHS:-10000}"
+    fi
+    for position_type in absolute relative_key relative_key_query; do
+        run="$output_dir/seed-$seed/$position_type"
+        if grep -qs '"status": "finished"' "$run/run_state.json"; then
+            continue
+        fi
+        python "$root/run_squad.py" \
+            --model_name_or_path "$toy_squad/$position_type" \
+            --train_file "$toy_squad/train.json" \
+            --validation_file "$toy_squad/validation.json" \
+            --do_train \
+            --do_eval \
+            --num_train_epochs 1 \
+            --per_device_train_batch_size 32 \
+            --per_device_eval_batch_size 64 \
+            --learning_rate 1e-3 \
+            --warmup_steps 0.05 \
+            --max_seq_length 64 \
+            --doc_stride 32 \
+            --logging_steps 200 \
+            --eval_strategy steps \
+            --eval_steps 200 \
+            --save_strategy no \
+            --seed "$seed" \
+            --output_dir "$run" \
+            "$@"
+    done
+done
+python "$root/scripts/compare_positions.py" "$output_dir"
