@@ -33,6 +33,7 @@ from utils_qa import postprocess_qa_predictions  # noqa: E402
 
 WINDOWS_PER_BATCH = 16
 RUNNERS_UP = 3
+RUNNER_UP_CHARACTERS = 80
 SENTENCE_CHARACTERS = 300  # shown at most on each side of the answer
 
 EPILOG = """
@@ -294,7 +295,7 @@ def show(answer: dict, context: str, in_color: bool) -> str:
     best_others = sorted(others.items(), key=lambda other: -other[1])[:RUNNERS_UP]
     if best_others:
         lines.append("  Runners-up:")
-        lines += [f"    {probability:.2f}  {text}" for text, probability in best_others]
+        lines += [f"    {probability:.2f}  {shorten(text)}" for text, probability in best_others]
     return "\n".join(lines)
 
 
@@ -313,6 +314,10 @@ def sentence_around(context: str, start: int, end: int) -> tuple[str, str]:
         if match.end() >= len(tail):
             return before.lstrip(), later[: match.end() - len(tail)].rstrip()
     return before.lstrip(), later.rstrip() + ("…" if end + SENTENCE_CHARACTERS < len(context) else "")
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= RUNNER_UP_CHARACTERS else text[: RUNNER_UP_CHARACTERS - 1].rstrip() + "…"
 
 
 def printable(text: str) -> str:

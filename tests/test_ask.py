@@ -269,6 +269,14 @@ def test_show():
     ]
 
 
+def test_a_long_runner_up_is_cut():
+    n_best = [
+        {"text": text, "probability": 0.5, "start": 0, "end": len(text)} for text in ("no", "very " * 40 + "long")
+    ]
+    answer = {"answer": "no", "probability": 0.5, "start": 0, "end": 2, "n_best": n_best}
+    assert ask.show(answer, "no", in_color=False).splitlines()[-1] == "    0.50  " + "very " * 15 + "very…"
+
+
 def test_a_text_cannot_command_the_terminal():
     text = "\033[2J\x07\u202e evil"
     answer = {"answer": text, "probability": 1.0, "start": 0, "end": len(text), "n_best": []}

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISS
 
 CHROMIUM_FLAGS = """
     --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync --hide-scrollbars
+    --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars
 """.split()
 PHONE = {"width": 390, "height": 844, "pixelRatio": 2.0, "mobile": True, "touch": True}
 
