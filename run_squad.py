@@ -590,7 +590,7 @@ def qa_settings(model_args, data_args) -> dict:
     """The flags that answers depend on, and those that the evaluation's questions come from."""
     names = """
         max_seq_length doc_stride max_query_length n_best_size max_answer_length version_2_with_negative
-        null_score_diff_threshold dataset_name dataset_config_name validation_file max_eval_samples
+        null_score_diff_threshold dataset_name dataset_config_name validation_file
     """
     settings = {name: getattr(data_args, name) for name in names.split()}
     settings["tokenizer_name"] = model_args.tokenizer_name or model_args.config_name or model_args.model_name_or_path
