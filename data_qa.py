@@ -481,9 +481,8 @@ def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite
 
 
 def _distinct(column: pa.ChunkedArray) -> Texts:
-    encoded = column.dictionary_encode().unify_dictionaries()
-    row = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
-    return Texts(encoded.chunk(0).dictionary, row)
+    chunks = column.dictionary_encode().chunks  # Arrow gives all chunks the dictionary of the whole column
+    return Texts(chunks[0].dictionary, np.concatenate([chunk.indices.to_numpy() for chunk in chunks]))
 
 
 def _first_answer_spans(answers: pa.ChunkedArray) -> np.ndarray:

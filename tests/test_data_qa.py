@@ -493,6 +493,15 @@ def test_selected_and_shuffled_examples():
         assert [{**window, "example_index": index} for window in ours[i]] == expected[index]
 
 
+def test_examples_in_several_chunks():
+    parts = [golden_examples().select(range(start, start + 10)) for start in (0, 5, 20)]
+    whole = Dataset.from_list([row for part in parts for row in part], features=EXAMPLE_FEATURES)
+    chunked = datasets.concatenate_datasets(parts)
+    for make in (make_train_features, make_features):
+        expected = make(whole, golden_tokenizer(), WindowSettings(32, 8, 12))[:]
+        assert make(chunked, golden_tokenizer(), WindowSettings(32, 8, 12), overwrite_cache=True)[:] == expected
+
+
 def test_half_written_files_are_never_read(datasets_cache, monkeypatch):
     expected = make_features(golden_examples(), golden_tokenizer(), WindowSettings())[:]
     (path,) = cache_files(datasets_cache)
