@@ -40,8 +40,10 @@ from trainer_qa import (
     check_same_run,
     check_settings,
     checkpoint_to_resume,
+    meet_after_restart,
     on_main_process,
     remove_checkpoints,
+    was_restarted,
 )
 from utils_qa import postprocess_qa_predictions, squad_scores, write_json, write_predictions, write_text
 
@@ -184,6 +186,8 @@ class QATrainingArguments(TrainingArguments):
         best = self.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in METRIC_NAMES:
             raise ValueError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}")
+        if self.use_cpu or torch.cuda.is_available():
+            meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
         super().__post_init__()
         if self.world_size == 1 and self._n_gpu > 1:
             logger.warning(
@@ -231,7 +235,8 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     settings = run_settings(model_args, data_args, training_args, config, features)
     status, checkpoint = "training", None
     if training_args.do_train:
-        status, checkpoint = on_main_process(lambda: plan_training(training_args, settings))
+        restarted = was_restarted()
+        status, checkpoint = on_main_process(lambda: plan_training(training_args, settings, restarted))
     trained = status == "trained"
     model = load_model(model_args, config, folder=training_args.output_dir if trained else None)
     check_length(data_args.max_seq_length, model, tokenizer)
@@ -529,16 +534,14 @@ def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoin
     trainer.stop_if_asked()
 
 
-def plan_training(training_args: QATrainingArguments, settings: dict) -> tuple[str, str | None]:
+def plan_training(training_args: QATrainingArguments, settings: dict, restarted: bool) -> tuple[str, str | None]:
     """What is left of the training in output_dir: ("training", checkpoint to go on from or None) or ("trained", None).
 
-    Raises ValueError where going on would overwrite a finished run or mix two runs.
+    `restarted`: a launcher has given the command again, and so wants to go on whatever it says. Raises ValueError where going on would overwrite a finished run or mix two runs.
     """
     folder = Path(training_args.output_dir)
     named = training_args.resume_from_checkpoint
-    # A launcher that starts the command again wants to go on, whatever the flags said the first time.
-    restarts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    restarted = any(count != "0" for count in restarts) and run_state_file(training_args).exists()
+    restarted = restarted and run_state_file(training_args).exists()
     if named is not None and not restarted:
         check_same_run(named, settings)
         return "training", named

@@ -9,6 +9,7 @@ What transformers' Trainer does not do, and this one does:
 """
 
 import contextlib
+import datetime
 import functools
 import json
 import logging
@@ -154,6 +155,8 @@ class QuestionAnsweringTrainer(Trainer):
                 prediction_loss_only=False,
                 metric_key_prefix=prefix,
             )
+        if not self.is_in_train:
+            self._close_bars()
         seconds = speed_metrics(prefix, start_time, num_samples=len(features))
         logits = []
         for in_order in output.predictions[:2]:
@@ -182,6 +185,14 @@ class QuestionAnsweringTrainer(Trainer):
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _close_bars(self) -> None:
+        """Ends the lines of the progress bars, so that what is printed next has a line of its own."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                for bar in (callback.prediction_bar, callback.training_bar):
+                    if bar is not None:
+                        bar.close()
+
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
@@ -191,6 +202,8 @@ class QuestionAnsweringTrainer(Trainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except EvaluationAbandoned:  # before the first step
             raise self._stopped(resume_from_checkpoint or self.args.output_dir) from None
+        finally:
+            self._close_bars()
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _run_epoch(self, **kwargs):
@@ -226,7 +239,7 @@ class QuestionAnsweringTrainer(Trainer):
             if example_index is not None and not (bad_loss and torch.isfinite(loss))
             for i in example_index.tolist()
         ]
-        ids = [question_id for rank_ids in self._gather(ids) for question_id in rank_ids]
+        ids = [question_id for rank_ids in gather(ids) for question_id in rank_ids]
         self.nonfinite_steps += 1
         message = (
             f"the {'loss' if bad_loss else 'gradient'} at step {self.state.global_step + 1} is not finite; "
@@ -241,7 +254,7 @@ class QuestionAnsweringTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:
             # The Trainer takes the sum of this process alone, by the steps since the resume, and counts padded windows.
-            total_loss = np.mean(self._gather(self._total_loss_scalar))
+            total_loss = np.mean(gather(self._total_loss_scalar))
             logs["train_loss"] = float(total_loss) / max(self.state.global_step, 1)
             windows = self._windows_trained(self.state.global_step) - self._windows_trained(self._initial_global_step)
             logs["train_samples_per_second"] = round(windows / max(logs["train_runtime"], 1e-4), 3)
@@ -382,14 +395,6 @@ class QuestionAnsweringTrainer(Trainer):
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         return numbers
 
-    def _gather(self, value) -> list:
-        """The values of all processes, by rank."""
-        if self.args.world_size == 1:
-            return [value]
-        values = [None] * self.args.world_size
-        dist.all_gather_object(values, value)
-        return values
-
     @contextlib.contextmanager
     def _fail_together(self, place: str):
         """Raises `TrainingError` on every process where one cannot write, so that none waits for one that is gone."""
@@ -401,7 +406,7 @@ class QuestionAnsweringTrainer(Trainer):
         except Exception as error:
             # A full disk comes as OSError, RuntimeError or safetensors' own error, depending on the file.
             failure = error
-        reasons = [reason for reason in self._gather(failure and _first_line(failure)) if reason]
+        reasons = [reason for reason in gather(failure and _first_line(failure)) if reason]
         if reasons:
             raise TrainingError(f"cannot write {place}: {reasons[0]}. What was whole before still is") from failure
 
@@ -602,6 +607,45 @@ def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> 
 def remove_checkpoints(output_dir: str | os.PathLike) -> None:
     for folder in _checkpoints(output_dir):
         remove_checkpoint(folder)
+
+
+def meet_after_restart(backend: str, timeout: float) -> None:
+    """Brings together the processes of a run that torchrun has started again; does nothing in any other run.
+
+    torchrun's restarted processes meet in the store of those before them (torch 2.13), and wait for ever where one of
+    them reads the address of one that is gone. Under a name of its own a restart finds only itself. Several agents
+    count their restarts apart, and so cannot agree on a name: they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+    """
+    environment = os.environ
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts == "0" or not shares_store or environment["GROUP_WORLD_SIZE"] != "1" or dist.is_initialized():
+        return
+    address, port, world_size = (environment[name] for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+    patience = datetime.timedelta(seconds=timeout)
+    store = dist.TCPStore(address, int(port), int(world_size), is_master=False, timeout=patience)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"restart-{restarts}", store),
+        rank=int(environment["RANK"]),
+        world_size=int(world_size),
+        timeout=patience,
+    )
+
+
+def was_restarted() -> bool:
+    """Has a launcher given this command again, after its processes died? Every process must ask, and hears the same."""
+    counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    return any(gather(any(count != "0" for count in counts)))
+
+
+def gather(value) -> list:
+    """The values of all processes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_main_process(function: Callable):

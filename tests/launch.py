@@ -1,5 +1,6 @@
 """Runs run_squad.py in real processes that start at once, because they are forked from one that has imported it."""
 
+import gc
 import multiprocessing
 import os
 import pydoc
@@ -108,6 +109,7 @@ def _run(argv: list[str], env: dict[str, str], folder: Path, rank: int, at: At |
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
     import run_squad
 
+    gc.freeze()  # the Trainer collects garbage when it starts; all that was imported need not be looked through again
     if patch is not None:
         pydoc.locate(patch)()
     if at is not None and at.rank == rank:
