@@ -537,7 +537,8 @@ def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoin
 def plan_training(training_args: QATrainingArguments, settings: dict, restarted: bool) -> tuple[str, str | None]:
     """What is left of the training in output_dir: ("training", checkpoint to go on from or None) or ("trained", None).
 
-    `restarted`: a launcher has given the command again, and so wants to go on whatever it says. Raises ValueError where going on would overwrite a finished run or mix two runs.
+    `restarted`: a launcher has given the command again, and so wants to go on whatever it says. Raises ValueError where
+    going on would overwrite a finished run or mix two runs.
     """
     folder = Path(training_args.output_dir)
     named = training_args.resume_from_checkpoint
