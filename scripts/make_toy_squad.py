@@ -19,7 +19,6 @@ No paragraph is in two splits. The same seed gives the same bytes.
 
 import argparse
 import json
-import os
 import random
 import string
 import sys
@@ -32,8 +31,9 @@ from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from modeling_relative_bert import POSITION_EMBEDDING_TYPES, RelativeBertForQuestionAnswering  # noqa: E402
+from utils_qa import write_text  # noqa: E402
 
-PARAGRAPHS = {"train": 10000, "validation": 200, "test": 100}
+HELD_OUT_PARAGRAPHS = {"validation": 200, "test": 100}
 PARAGRAPHS_PER_ARTICLE = 20
 LONG_PARAGRAPHS = 0.1  # this share does not fit into one window of the quickstart's max_seq_length
 
@@ -70,23 +70,18 @@ def make_paragraph(rng, paragraph_id):
     facts = []
     for kind in kinds:
         choices = [answer for answer in FACTS[kind][2] if answer not in people and answer != stranger]
-        facts += [
-            (person, kind, answer) for person, answer in zip(people, rng.sample(choices, len(people)), strict=True)
-        ]
+        answers = rng.sample(choices, len(people))
+        facts += [(person, kind, answer) for person, answer in zip(people, answers, strict=True)]
     rng.shuffle(facts)
 
     context, qas = "", []
     for person, kind, answer in facts:
         sentence, question, _ = FACTS[kind]
-        before_answer = context + sentence.format(person=person, answer="\n").split("\n")[0]
-        qas.append(
-            {
-                "id": f"{paragraph_id}-{len(qas)}",
-                "question": question.format(person=person),
-                "answers": [{"text": answer, "answer_start": len(before_answer)}],
-            }
-        )
-        context += sentence.format(person=person, answer=answer) + " "
+        before, after = sentence.format(person=person, answer="\n").split("\n")
+        context += before
+        gold = {"text": answer, "answer_start": len(context)}
+        qas.append({"id": f"{paragraph_id}-{len(qas)}", "question": question.format(person=person), "answers": [gold]})
+        context += answer + after + " "
 
     untold_kind = rng.choice([kind for kind in sorted(FACTS) if kind not in kinds])
     unanswerable = [(stranger, rng.choice(kinds)), (rng.choice(people), untold_kind)]
@@ -102,13 +97,13 @@ def make_paragraph(rng, paragraph_id):
     return {"context": context.rstrip(), "qas": qas}, no_answer_qas
 
 
-def make_splits(rng):
+def make_splits(rng, num_paragraphs):
     """{file name without ending: articles} for the three splits in both versions; no context occurs twice."""
     seen_contexts = set()
     splits = {}
-    for split, num_paragraphs in PARAGRAPHS.items():
+    for split, number in num_paragraphs.items():
         version_1, version_2 = [], []
-        while len(version_1) < num_paragraphs:
+        while len(version_1) < number:
             paragraph, no_answer_qas = make_paragraph(rng, f"{split}-{len(version_1)}")
             if paragraph["context"] in seen_contexts:
                 continue
@@ -127,13 +122,8 @@ def make_articles(split, paragraphs):
             {**paragraph, "qas": [{"id": qa["id"], "question": qa["question"]} for qa in paragraph["qas"]]}
             for paragraph in paragraphs
         ]
-    return [
-        {
-            "title": f"{split} {start // PARAGRAPHS_PER_ARTICLE}",
-            "paragraphs": paragraphs[start:][:PARAGRAPHS_PER_ARTICLE],
-        }
-        for start in range(0, len(paragraphs), PARAGRAPHS_PER_ARTICLE)
-    ]
+    parts = [paragraphs[i : i + PARAGRAPHS_PER_ARTICLE] for i in range(0, len(paragraphs), PARAGRAPHS_PER_ARTICLE)]
+    return [{"title": f"{split} {number}", "paragraphs": part} for number, part in enumerate(parts)]
 
 
 def train_tokenizer(articles):
@@ -153,48 +143,48 @@ def train_tokenizer(articles):
     return BertTokenizerFast(vocab=wordpiece.get_vocab())
 
 
-def save_models(output_dir, tokenizer):
-    """Untrained models with the weights that torch's generator gives now; the position types share what they can."""
-    transformers.logging.disable_progress_bar()
-    rng_state = torch.get_rng_state()
-    for position_embedding_type in POSITION_EMBEDDING_TYPES:
-        torch.set_rng_state(rng_state)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=192,
-            max_position_embeddings=512,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.1,
-            position_embedding_type=position_embedding_type,
-        )
-        is_absolute = position_embedding_type == "absolute"
-        model = (BertForQuestionAnswering if is_absolute else RelativeBertForQuestionAnswering)(config)
-        model.save_pretrained(output_dir / position_embedding_type)
-        tokenizer.save_pretrained(output_dir / position_embedding_type)
+def untrained_model(position_embedding_type, vocab_size):
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        max_position_embeddings=512,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,  # about 1 / sqrt(hidden_size); the usual 0.02 is for wider models
+        position_embedding_type=position_embedding_type,
+    )
+    if position_embedding_type == "absolute":
+        return BertForQuestionAnswering(config)
+    return RelativeBertForQuestionAnswering(config)
 
 
-def write_json(path, content):
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(beside, path)
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train_paragraphs", type=positive, default=10_000, help="about 7 questions each")
     arguments = parser.parse_args()
+    transformers.logging.disable_progress_bar()
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    splits = make_splits(random.Random(arguments.seed))
+    splits = make_splits(random.Random(arguments.seed), {**HELD_OUT_PARAGRAPHS, "train": arguments.train_paragraphs})
     for name, articles in splits.items():
-        write_json(arguments.output_dir / f"{name}.json", {"version": "toy", "data": articles})
-    torch.manual_seed(arguments.seed)
-    save_models(arguments.output_dir, train_tokenizer(splits["train"]))
+        write_text(arguments.output_dir / f"{name}.json", [json.dumps({"version": "toy", "data": articles})])
+    tokenizer = train_tokenizer(splits["train"])
+    for position_embedding_type in POSITION_EMBEDDING_TYPES:
+        torch.manual_seed(arguments.seed)
+        model = untrained_model(position_embedding_type, len(tokenizer))
+        model.save_pretrained(arguments.output_dir / position_embedding_type)
+        tokenizer.save_pretrained(arguments.output_dir / position_embedding_type)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Makes a toy SQuAD (toy_squad/), teaches a BERT with relative positions to answer its questions from scratch
+# (quickstart_output/), and shows how well it answers questions on texts that it never saw. About two minutes on 2 cores.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+
+# A model this small is fastest on two cores, and the same number of threads gives the same numbers everywhere.
+export OMP_NUM_THREADS=2
+
+python scripts/make_toy_squad.py toy_squad
+python run_squad.py \
+    --model_name_or_path toy_squad/relative_key_query \
+    --train_file toy_squad/train.json \
+    --validation_file toy_squad/validation.json \
+    --do_train \
+    --do_eval \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size 32 \
+    --per_device_eval_batch_size 64 \
+    --learning_rate 1e-3 \
+    --warmup_steps 0.05 \
+    --max_seq_length 64 \
+    --doc_stride 32 \
+    --logging_steps 200 \
+    --save_strategy no \
+    --use_cpu \
+    --output_dir quickstart_output \
+    --overwrite_output_dir
+
+python - <<'END'
+import json
+
+predictions = json.load(open("quickstart_output/eval_predictions.json"))
+for paragraph in json.load(open("toy_squad/validation.json"))["data"][0]["paragraphs"][:3]:
+    qa = paragraph["qas"][-1]
+    print(f"\nText:      {paragraph['context']}\nQuestion:  {qa['question']}")
+    print(f"Predicted: {predictions[qa['id']]}\nGold:      {qa['answers'][0]['text']}")
+END
