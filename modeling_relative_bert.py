@@ -31,6 +31,9 @@ POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
 RELATIVE_TYPES = ("relative_key", "relative_key_query")
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
+GROUP_SCORES = 2**20  # scores of the heads that a CPU works on at a time: 4 MB in float32
+BLOCK_QUERIES = 32  # queries that share one product with the rows of their distances
+
 
 class RelativeBertForQuestionAnswering(BertForQuestionAnswering):
     """BERT with relative positions and a span head: inputs, outputs and parameter names of BertForQuestionAnswering.
@@ -106,47 +109,163 @@ class RelativeBertSelfAttention(BertSelfAttention):
         self.distance_embedding = nn.Embedding(2 * config.max_position_embeddings - 1, self.attention_head_size)
 
     def forward(self, hidden_states, attention_mask=None, cache=None, **kwargs):
-        """(batch, length, hidden) -> the same shape, and (batch, heads, length, length) probabilities under eager."""
+        """(batch, length, hidden) -> the same shape, and (batch, heads, length, length) probabilities under eager.
+
+        `attention_mask` broadcasts to (batch, heads, length, length): bool, True where a query may see a key, or float
+        and added to the scores.
+        """
         batch, length, _ = hidden_states.shape
         heads = (batch, length, self.num_attention_heads, self.attention_head_size)
-        query = self.query(hidden_states).view(heads).transpose(1, 2)  # (batch, heads, length, head size)
-        key = self.key(hidden_states).view(heads).transpose(1, 2)
+        # The scale goes into the queries and, for the keys' own term, into the rows: never over (length, length).
+        query = (self.query(hidden_states) * self.scaling).view(heads).transpose(1, 2)
+        key = self.key(hidden_states).view(heads).transpose(1, 2)  # (batch, heads, length, head size)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
 
-        first = self.max_position_embeddings - length  # the row of distance 1 - length, that of query 0 to the last key
+        first = self.max_position_embeddings - length  # the row of distance 1 - length
         rows = self.distance_embedding.weight[first : first + 2 * length - 1].to(query.dtype)
-        bias = relative_scores(query, rows)  # (batch, heads, length, length)
-        if self.position_embedding_type == "relative_key_query":
-            bias = bias + relative_scores(key, rows.flip(0)).transpose(-1, -2)
-        bias = bias * self.scaling
-        if attention_mask is not None:
-            if attention_mask.dtype == torch.bool:
-                bias = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
-            else:
-                bias = bias + attention_mask
+        query_rows = rows.flip(0)  # by falling distance: the order of the keys
+        key_rows = rows * self.scaling if self.position_embedding_type == "relative_key_query" else None
 
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        mask = additive_mask(attention_mask, query.dtype)
+        implementation = self.config._attn_implementation
         dropout = self.dropout.p if self.training else 0.0
-        context, probabilities = attention(
-            self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs
-        )  # (batch, length, heads, head size)
+        if implementation == "sdpa" and query.device.type == "cpu" and not torch.compiler.is_compiling():
+            inputs = (query, key, value, query_rows, key_rows)
+            save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+            return RelativeAttention.apply(*inputs, mask, dropout, save).reshape(batch, length, -1), None
+
+        bias = relative_scores(query, query_rows)  # (batch, heads, length, length)
+        if key_rows is not None:
+            bias = bias + relative_scores(key, key_rows).transpose(-1, -2)
+        if mask is not None:
+            bias = bias + mask
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        context, probabilities = attention(self, query, key, value, bias, dropout=dropout, scaling=1.0, **kwargs)
         return context.reshape(batch, length, -1), probabilities
 
 
-def relative_scores(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Scores of each query with the embedding of its distance to each key; no (length, length, head size) tensor.
+def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A bool mask as what to add to scores of `dtype`; half of the least number, so that adding cannot overflow."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
 
-    `queries` (..., length, head size), `rows` (2 * length - 1, head size) by rising distance; returns
-    (..., length, length), entry [i, j] = queries[i] · rows[i - j + length - 1]. Each query times all rows, then each
-    line shifted by a strided view, as in Music Transformer (Huang et al. 2018).
+
+def relative_scores(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Scores of each query with the row of its distance to each key; no (length, length, head size) tensor is made.
+
+    `queries` (..., length, head size), `rows` (2 * length - 1, head size). Returns (..., length, length), where entry
+    [i, j] is queries[i] · rows[length - 1 - i + j]: each query times all rows, then each line shifted by a strided
+    view, as in Music Transformer (Huang et al. 2018).
     """
-    length = queries.shape[-2]
-    products = queries @ rows.flip(0).transpose(0, 1)  # (..., length, 2 * length - 1), by falling distance
-    lead = products.shape[:-2]
-    line = products.shape[-1]
-    products = products.contiguous()
-    strides = (*products.stride()[:-2], line - 1, 1)  # entry [i, j] stands at line i, column length - 1 - i + j
-    return products.as_strided((*lead, length, length), strides, products.storage_offset() + length - 1)
+    return shift_lines(queries @ rows.T, queries.shape[-2])
+
+
+def shift_lines(products: torch.Tensor, length: int) -> torch.Tensor:
+    """A view of (..., lines, width) as (..., lines, length): line i starts at column lines - 1 - i."""
+    *lead, lines, width = products.shape
+    strides = (*products.stride()[:-2], width - 1, 1)
+    return products.as_strided((*lead, lines, length), strides, products.storage_offset() + lines - 1)
+
+
+# Relative attention on a CPU: a few heads at a time, whose scores stay in the cache
+
+
+class RelativeAttention(torch.autograd.Function):
+    """softmax(q·k + q·query_rows [+ k·key_rows]) v with dropout of the probabilities, and its gradient.
+
+    `query` (scaled), `key`, `value` (batch, heads, length, head size); `query_rows`, and `key_rows` or None,
+    (2 * length - 1, head size) as `relative_scores` takes them. Returns (batch, length, heads, head size). The gradient
+    of the scores is made once and serves queries, keys and rows. `save`: keep what the gradient needs.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, query_rows, key_rows, mask, dropout, save):
+        batch, heads, length, size = query.shape
+        context = query.new_empty(batch, length, heads, size).transpose(1, 2)
+        kept = []  # the probabilities of each group of heads, and which of them dropout has kept
+        for group in head_groups(query):
+            scores = query[group] @ key[group].transpose(-1, -2)
+            add_relative_scores_(scores, query[group], query_rows)
+            if key_rows is not None:
+                add_relative_scores_(scores.transpose(-1, -2), key[group], key_rows)
+            if mask is not None:
+                scores += mask.expand(batch, heads, length, length)[group]
+            probabilities = scores.softmax(-1)
+            if save:
+                kept.append(probabilities)
+            if dropout > 0:
+                probabilities, survivors = torch.native_dropout(probabilities, dropout, True)
+                if save:
+                    kept.append(survivors)
+            context[group] = probabilities @ value[group]
+        ctx.dropout = dropout
+        ctx.save_for_backward(query, key, value, query_rows, key_rows, context, *kept)
+        return context.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, context_grad):
+        query, key, value, query_rows, key_rows, context, *kept = ctx.saved_tensors
+        context_grad = context_grad.transpose(1, 2)
+        query_grad, key_grad, value_grad = (torch.empty_like(tensor) for tensor in (query, key, value))
+        query_rows_grad = torch.zeros_like(query_rows)
+        key_rows_grad = None if key_rows is None else torch.zeros_like(key_rows)
+        kept = iter(kept)
+        for group in head_groups(query):
+            probabilities = next(kept)
+            scores_grad = context_grad[group] @ value[group].transpose(-1, -2)  # of the probabilities, until below
+            if ctx.dropout > 0:
+                survivors = next(kept)
+                scale = 1 / (1 - ctx.dropout)
+                scores_grad.mul_(survivors).mul_(scale)
+                value_grad[group] = (probabilities * survivors).transpose(-1, -2) @ (context_grad[group] * scale)
+            else:
+                value_grad[group] = probabilities.transpose(-1, -2) @ context_grad[group]
+            # Through the softmax; the mean over the keys of the probabilities' gradient is context · its gradient.
+            scores_grad.sub_((context_grad[group] * context[group]).sum(-1, keepdim=True)).mul_(probabilities)
+            query_grad[group] = scores_grad @ key[group]
+            key_grad[group] = scores_grad.transpose(-1, -2) @ query[group]
+            add_relative_gradients_(query_grad[group], query_rows_grad, scores_grad, query[group], query_rows)
+            if key_rows is not None:
+                scores_grad = scores_grad.transpose(-1, -2)
+                add_relative_gradients_(key_grad[group], key_rows_grad, scores_grad, key[group], key_rows)
+        return query_grad, key_grad, value_grad, query_rows_grad, key_rows_grad, None, None, None
+
+
+def head_groups(query: torch.Tensor):
+    """Indices of (batch, heads, ...) that take one sequence's heads, as many as keep their scores near the cache."""
+    batch, heads, length, _ = query.shape
+    size = max(1, min(heads, GROUP_SCORES // length**2))
+    for sequence in range(batch):
+        for start in range(0, heads, size):
+            yield sequence, slice(start, start + size)
+
+
+def query_blocks(length: int):
+    """Blocks of queries, each with the rows that it can see: (slice of queries, slice of rows)."""
+    for start in range(0, length, BLOCK_QUERIES):
+        stop = min(start + BLOCK_QUERIES, length)
+        yield slice(start, stop), slice(length - stop, 2 * length - 1 - start)
+
+
+def add_relative_scores_(scores: torch.Tensor, queries: torch.Tensor, rows: torch.Tensor) -> None:
+    """Adds `relative_scores(queries, rows)` to `scores` (heads, length, length), a block of queries at a time."""
+    length = queries.shape[1]
+    for block, seen in query_blocks(length):
+        scores[:, block] += shift_lines(queries[:, block] @ rows[seen].T, length)
+
+
+def add_relative_gradients_(queries_grad, rows_grad, scores_grad, queries, rows) -> None:
+    """Adds what `scores_grad` (heads, length, length) gives to the gradients of the queries and rows of the above."""
+    heads, length, size = queries.shape
+    for block, seen in query_blocks(length):
+        lines = block.stop - block.start
+        if block.start == 0 or lines < BLOCK_QUERIES:
+            products_grad = queries.new_zeros(heads, lines, length + lines - 1)  # zero where no key is
+        shift_lines(products_grad, length).copy_(scores_grad[:, block])
+        queries_grad[:, block] += products_grad @ rows[seen]
+        rows_grad[seen].addmm_(products_grad.flatten(0, 1).T, queries[:, block].reshape(heads * lines, size))
 
 
 def check_config(config: BertConfig) -> None:
