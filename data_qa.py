@@ -198,7 +198,7 @@ def _parse_json(content: bytes, path: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # more than one value: JSON lines
+        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") == 0:
             return _parse_json_lines(text, path)
         raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
     except (RecursionError, ValueError) as error:
@@ -646,26 +646,20 @@ def _window_tables(
         columns["start_positions"] = np.where(inside, context_start + first, 0)
         columns["end_positions"] = np.where(inside, context_start + last, 0)
 
-    # All tokens that a window can hold, end to end: special tokens, questions, contexts. Each window is five ranges.
+    # All tokens that a window can hold, end to end; each window is five ranges of them.
     pool = np.concatenate([template.before, template.between, template.after, question_tokens.ids, context_tokens.ids])
-    pool_types = np.concatenate(
-        [
-            template.before_types,
-            template.between_types,
-            template.after_types,
-            np.full(len(question_tokens.ids), template.question_type),
-            np.full(len(context_tokens.ids), template.context_type),
-        ]
-    )
-    questions_start = before + between + after
-    contexts_start = questions_start + len(question_tokens.ids)
+    question_types = np.full(len(question_tokens.ids), template.question_type)
+    context_types = np.full(len(context_tokens.ids), template.context_type)
+    special_types = (template.before_types, template.between_types, template.after_types)
+    pool_types = np.concatenate([*special_types, question_types, context_types])
     first_question_token = question_tokens.offsets[question_row][windows.example]
     first_context_token = context_tokens.offsets[context_row][windows.example] + windows.start
-    zeros = np.zeros_like(windows.start)
-    range_starts = (0, questions_start + first_question_token, before, contexts_start + first_context_token)
-    range_starts = np.stack([zeros + start for start in (*range_starts, before + between)], axis=1)
-    range_lengths = (before, windows.question_length, between, windows.length, after)
-    range_lengths = np.stack([zeros + length for length in range_lengths], axis=1)  # (num_windows, 5), as the starts
+    questions_in_pool = before + between + after
+    contexts_in_pool = questions_in_pool + len(question_tokens.ids)
+    starts = _columns(
+        0, questions_in_pool + first_question_token, before, contexts_in_pool + first_context_token, before + between
+    )
+    lengths = _columns(before, windows.question_length, between, windows.length, after)  # (num_windows, 5), as starts
 
     with_types = "token_type_ids" in tokenizer.model_input_names
     features = {"input_ids": List(Value("int32"))}
@@ -679,23 +673,22 @@ def _window_tables(
         for low in range(0, len(windows.example), WINDOWS_PER_BATCH):
             batch = slice(low, low + WINDOWS_PER_BATCH)
             table = {name: pa.array(values[batch], pa.int32()) for name, values in columns.items()}
-            tokens, offsets = (
-                _ranges(range_starts[batch].ravel(), range_lengths[batch].ravel()),
-                _offsets(columns["length"][batch]),
-            )
+            tokens, offsets = _ranges(starts[batch].ravel(), lengths[batch].ravel()), _offsets(table["length"])
             table["input_ids"] = pa.ListArray.from_arrays(offsets, pool[tokens])
             if with_types:
                 table["token_type_ids"] = pa.ListArray.from_arrays(offsets, pool_types[tokens])
             if answer_spans is None:
-                tokens, offsets = (
-                    _ranges(first_context_token[batch], windows.length[batch]),
-                    _offsets(windows.length[batch]),
-                )
+                length = windows.length[batch]
+                tokens, offsets = _ranges(first_context_token[batch], length), _offsets(length)
                 table["char_starts"] = pa.ListArray.from_arrays(offsets, context_tokens.char_starts[tokens])
                 table["char_ends"] = pa.ListArray.from_arrays(offsets, context_tokens.char_ends[tokens])
             yield pa.table({name: table[name] for name in features})
 
     return Features(features), tables()
+
+
+def _columns(*columns: int | np.ndarray) -> np.ndarray:
+    return np.stack(np.broadcast_arrays(*columns), axis=1)
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -659,6 +659,7 @@ REFUSED = {
     "not JSON": (b'{"data": [', "line 1 column 11: not JSON"),
     "cut off": (LAYOUTS["indented"][:200], r"line \d+ column \d+: not JSON"),
     "not JSON lines": (json.dumps(ROWS[0]) + '\n{"id": ', "line 2 column 8: not JSON"),
+    "more after the end": (LAYOUTS["indented"] + "\n}", r"line \d\d column 1: not JSON: Extra data"),
     "not UTF-8": (b'{"data": "\xff"}', "byte 10: not UTF-8"),
     "UTF-16": (LAYOUTS["nested"].encode("utf-16"), "byte 0: not UTF-8"),
     "nested too deep": (b"[" * 100_000, "JSON that cannot be read"),
