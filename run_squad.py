@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         _exit(f"{stopped}.", stopped.exit_status)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
-    except (ValueError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError) as error:
         if os.environ.get("RUN_SQUAD_DEBUG"):
             raise
         _exit(f"error: {error}", 2 if isinstance(error, ValueError) else 1)

@@ -279,7 +279,8 @@ class QuestionAnsweringTrainer(Trainer):
             if not self.signal_received:
                 self.signal_received = signal_number
                 if self.is_world_process_zero():
-                    logger.warning("%s: finishing this step, then saving.", signal.Signals(signal_number).name)
+                    # Python's own streams cannot be written to while the signal interrupts their writing.
+                    os.write(2, f"\n{signal.Signals(signal_number).name}: finishing this step, then saving.\n".encode())
 
         earlier = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
         try:
@@ -365,6 +366,7 @@ class QuestionAnsweringTrainer(Trainer):
 
     def resume(self) -> None:
         """Goes on with what the checkpoint holds beside the Trainer's own: the sums of the loss, an evaluation due."""
+        self._step_losses.clear()  # of a step that was given up, with --auto_find_batch_size
         if self._resumed_from is None:
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # else other --save_steps would have no effect

@@ -62,6 +62,8 @@ def start(*argv: str, processes: int = 1, at: At | None = None, patch: str | Non
         port = free.getsockname()[1]
     children = []
     for rank in range(processes):
+        for kind in ("out", "err"):
+            Path(folder, f"{rank}.{kind}").touch()
         ranks = {} if processes == 1 else _ranks(rank, processes, port)
         child = _context().Process(target=_run, args=([*map(str, argv)], {**ranks, **env}, folder, rank, at, patch))
         child.start()
