@@ -321,7 +321,8 @@ def test_files_hold_the_predictions(tmp_path, version_2):
 
 def test_a_file_of_no_questions(tmp_path):
     write_predictions(QAPredictions({}, NBest([], None, [0]), None, {}), tmp_path, "predict")
-    assert (tmp_path / "predict_nbest_predictions.json").read_text() == "{}\n"
+    for name in ("predict_predictions.json", "predict_nbest_predictions.json"):
+        assert (tmp_path / name).read_text() == "{}\n"
 
 
 def test_json_takes_no_nan_and_keeps_the_old_file(tmp_path):
