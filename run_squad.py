@@ -32,7 +32,11 @@ from data_qa import (
 )
 from legacy_flags import flags_from_json, make_parser, nearest_flag_error, translate_flags
 from model_card import model_card
-from modeling_relative_bert import POSITION_EMBEDDING_TYPES, RelativeBertForQuestionAnswering
+from modeling_relative_bert import (
+    POSITION_EMBEDDING_TYPES,
+    RelativeBertForQuestionAnswering,
+    resolve_position_embedding_type,
+)
 from trainer_qa import (
     QuestionAnsweringTrainer,
     TrainingError,
@@ -416,25 +420,11 @@ def load_config(model_args: ModelArguments):
     config = _from_hub(
         AutoConfig, model_args.config_name or model_args.model_name_or_path, model_args, "a configuration"
     )
-    own = position_type_of(config)
-    asked = model_args.position_embedding_type or own
-    if asked not in POSITION_EMBEDDING_TYPES:
-        raise ValueError(
-            f"position_embedding_type is {asked!r} in {model_args.model_name_or_path}, must be one of "
-            f"{', '.join(POSITION_EMBEDDING_TYPES)}"
-        )
-    if asked != "absolute" and config.model_type != "bert":
-        raise ValueError(
-            f"position_embedding_type {asked} is for BERT, but {model_args.model_name_or_path} is of type "
-            f"{config.model_type}: leave --position_embedding_type out or take a BERT"
-        )
-    if asked == "absolute" and own != "absolute":
-        raise ValueError(
-            f"--position_embedding_type absolute: {model_args.model_name_or_path} was trained with {own} and has no "
-            f"trained absolute positions: leave the flag out or take an absolute checkpoint"
-        )
+    position_type = resolve_position_embedding_type(
+        config, model_args.model_name_or_path, model_args.position_embedding_type
+    )
     if config.model_type == "bert":
-        config.position_embedding_type = asked
+        config.position_embedding_type = position_type
     return config
 
 

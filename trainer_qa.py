@@ -27,6 +27,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
+from modeling_relative_bert import rename_extra_special_tokens
 from utils_qa import write_json
 
 logger = logging.getLogger(__name__)
@@ -426,6 +427,7 @@ class QuestionAnsweringTrainer(Trainer):
         shutil.rmtree(beside, ignore_errors=True)
         try:
             super()._save(beside, state_dict=state_dict)
+            rename_extra_special_tokens(beside)
             for file in sorted(os.listdir(beside)):
                 os.replace(os.path.join(beside, file), os.path.join(output_dir, file))
         finally:
