@@ -213,15 +213,34 @@ def test_distance_is_query_minus_key():
 
 @EACH_TYPE
 @EACH_ATTENTION
-def test_gradient_against_finite_differences(position_type, attention):
-    layer = attention_layer(position_type, attention, max_position_embeddings=6).double()
+@pytest.mark.parametrize("dropout", (0.0, 0.4))
+def test_gradient_against_finite_differences(position_type, attention, dropout):
+    layer = attention_layer(position_type, attention, max_position_embeddings=6).double().train()
+    layer.dropout.p = dropout
     hidden = torch.randn(2, 5, 32, dtype=torch.double, requires_grad=True)
 
     def attend(hidden, table):
+        torch.manual_seed(7)  # the same probabilities are dropped each time
         return torch.func.functional_call(layer, {"distance_embedding.weight": table}, (hidden,))[0]
 
     table = layer.distance_embedding.weight.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(attend, (hidden, table), fast_mode=True)
+
+
+@pytest.mark.parametrize(("group_scores", "block_queries"), [(1, 1), (2 * 37 * 37, 5), (10**6, 64)])
+def test_sizes_of_groups_and_blocks_change_nothing(monkeypatch, group_scores, block_queries):
+    layer = attention_layer("relative_key_query", "sdpa", num_attention_heads=4)
+    hidden = torch.randn(2, 37, 32, requires_grad=True)
+    parameters = (hidden, *layer.parameters())
+    expected = plain_attention(layer, hidden)
+    monkeypatch.setattr(relative, "GROUP_SCORES", group_scores)
+    monkeypatch.setattr(relative, "BLOCK_QUERIES", block_queries)
+    output = layer(hidden)[0]
+    torch.testing.assert_close(output, expected)
+    weights = torch.randn_like(output)
+    ours, plain = (torch.autograd.grad((each * weights).sum(), parameters) for each in (output, expected))
+    for gradient, other in zip(ours, plain, strict=True):
+        assert (gradient - other).norm() <= 1e-5 * other.norm() + 1e-4
 
 
 @EACH_TYPE
