@@ -501,7 +501,7 @@ def _first_answer_spans(answers: pa.ChunkedArray) -> np.ndarray:
 def _fingerprint(contexts: Texts, questions: Texts, answer_spans, tokenizer, windows: WindowSettings) -> str:
     """Hash of all that decides the features, however `examples` came to be.
 
-    The tokenizer counts by what it is, not by its pickle, which changes when it is first used.
+    The tokenizer counts by what it is, not by its pickle, which changes with every other use of it.
     """
     digest = hashlib.sha256()
     for texts in (contexts, questions):
@@ -509,8 +509,6 @@ def _fingerprint(contexts: Texts, questions: Texts, answer_spans, tokenizer, win
         digest.update(_utf8_bytes(texts.distinct))
         digest.update(texts.row)
     digest.update(b"" if answer_spans is None else answer_spans)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["truncation"] = backend["padding"] = None
     settings = [
         FEATURES_VERSION,
         tokenizers.__version__,
@@ -518,9 +516,9 @@ def _fingerprint(contexts: Texts, questions: Texts, answer_spans, tokenizer, win
         dataclasses.astuple(windows),
         tokenizer.model_input_names,
         tokenizer.split_special_tokens,
-        backend,
+        _plain_backend(tokenizer).to_str(),
     ]
-    digest.update(json.dumps(settings).encode())
+    digest.update(repr(settings).encode())
     return digest.hexdigest()[:32]
 
 

@@ -1,17 +1,23 @@
 """What this project costs, beside what it replaces. Each subcommand prints a table and can write its rows as JSON.
 
 python scripts/benchmark.py attention [--sizes base large] [--lengths 160x10 384x4 512x4] [--repeats 8] [--json FILE]
+python scripts/benchmark.py data [--questions 87599] [--repeats 3] [--json FILE]
 """
 
 import argparse
+import functools
 import json
 import math
+import multiprocessing
 import os
 import platform
+import re
 import statistics
+import string
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -22,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add_attention_command(commands)
+    add_data_command(commands)
     args = parser.parse_args()
     rows = args.run(args)
     if args.json:
@@ -216,6 +223,347 @@ def peak_memory(step, device) -> int:
         allocated += event["args"]["Bytes"]
         peak = max(peak, allocated)
     return peak
+
+
+# Text to windows, logits to answers, answers to scores
+
+
+SQUAD_QUESTIONS = {"train": 87_599, "validation": 10_570}
+QUESTIONS_PER_PARAGRAPH = {"train": 4.6, "validation": 5.1}
+GOLD_ANSWERS = {"train": 1, "validation": 3}
+
+
+def add_data_command(commands) -> None:
+    parser = commands.add_parser(
+        "data", help="features, post-processing and metric on text of SQuAD's shape: ours and in the way of run_qa.py"
+    )
+    parser.add_argument("--questions", type=int, help="in training; evaluation shrinks alike (SQuAD has 87599)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (%(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.set_defaults(run=measure_data)
+
+
+def measure_data(args: argparse.Namespace) -> list[dict]:
+    """A row for each part of the data path: medians in seconds, their ratio, and the peak memory of our whole path."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    share = min(1.0, (args.questions or SQUAD_QUESTIONS["train"]) / SQUAD_QUESTIONS["train"])
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = write_squad_shaped_files(Path(folder), share)
+        (Path(folder) / "vocabulary.json").write_text(json.dumps(vocabulary))
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:  # a process of its own, because a process's peak memory never falls
+            peak = pool.apply(run_data_path, (folder,))
+        rows = list(time_data_path(folder, args.repeats))
+    print(f"peak memory of reading, features, post-processing and metric in one process: {peak / 1e9:.2f} GB")
+    return [row | {"peak_bytes": peak} for row in rows]
+
+
+def open_squad_shaped(folder: str):
+    """(tokenizer, {split: examples}) of what `write_squad_shaped_files` has written."""
+    from transformers import BertTokenizer
+
+    from data_qa import read_squad_file
+
+    vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
+    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
+    return tokenizer, {split: read_squad_file(Path(folder, f"{split}.json"), folder) for split in SQUAD_QUESTIONS}
+
+
+def run_data_path(folder: str) -> int:
+    """Reads, makes all features, post-processes and scores once; the process's peak memory in bytes."""
+    import resource
+
+    import datasets
+
+    from data_qa import WindowSettings, drop_misplaced_answers, make_features, make_train_features
+
+    datasets.disable_progress_bars()
+    tokenizer, examples = open_squad_shaped(folder)
+    make_train_features(drop_misplaced_answers(examples["train"], "train"), tokenizer, WindowSettings())
+    features = make_features(examples["validation"], tokenizer, WindowSettings())
+    our_scores(examples["validation"], our_answers(examples["validation"], features, make_logits(features), folder))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def time_data_path(folder: str, repeats: int):
+    import utils_qa  # noqa: F401, so that the first round does not pay for it
+    from data_qa import WindowSettings, make_features, make_train_features
+
+    tokenizer, examples = open_squad_shaped(folder)
+    train, validation = examples.values()
+    windows = WindowSettings()
+    print(f"{len(train)} and {len(validation)} questions, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"{'':20}{'ours, s':>10}{'run_qa, s':>11}{'ratio':>8}{'cached, s':>11}")
+    for what, ours, reference, split in (
+        ("train_features", make_train_features, run_qa_train_features, train),
+        ("eval_features", make_features, run_qa_features, validation),
+    ):
+        steps = {
+            "ours": functools.partial(ours, split, tokenizer, windows, overwrite_cache=True),
+            "reference": functools.partial(reference, split, tokenizer, windows),
+            "cached": functools.partial(ours, split, tokenizer, windows),
+        }
+        yield data_row(what, alternate_calls(steps, repeats))
+
+    features = make_features(validation, tokenizer, windows)
+    run_qa_windows = run_qa_features(validation, tokenizer, windows)
+    logits, run_qa_logits = make_logits(features), make_logits(run_qa_windows)
+    steps = {
+        "ours": functools.partial(our_answers, validation, features, logits, folder),
+        "reference": functools.partial(run_qa_answers, validation, run_qa_windows, run_qa_logits, folder),
+    }
+    yield data_row("postprocess", alternate_calls(steps, repeats))
+
+    predictions = our_answers(validation, features, logits, folder)
+    scores, run_qa_scores = our_scores(validation, predictions), squad_evaluate_scores(validation, predictions.answers)
+    if any(abs(scores[key] - value) > 1e-9 for key, value in run_qa_scores.items()):
+        raise RuntimeError(f"ours {scores} and the reference {run_qa_scores} are not the same metric")
+    steps = {
+        "ours": functools.partial(our_scores, validation, predictions),
+        "reference": functools.partial(squad_evaluate_scores, validation, predictions.answers),
+    }
+    yield data_row("metric", alternate_calls(steps, repeats))
+
+
+def alternate_calls(steps: dict, repeats: int) -> dict[str, float]:
+    """The median seconds of each call. One round makes each once, so that whatever else the machine does hits all."""
+    times = {key: [] for key in steps}
+    for _ in range(repeats):
+        for key, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(each) for key, each in times.items()}
+
+
+def data_row(what: str, seconds: dict[str, float]) -> dict:
+    row = {"what": what} | {f"{key}_s": value for key, value in seconds.items()}
+    row["ratio"] = row["reference_s"] / row["ours_s"]
+    cached = f"{row['cached_s']:11.2f}" if "cached_s" in row else ""
+    print(f"{what:<20}{row['ours_s']:10.2f}{row['reference_s']:11.2f}{row['ratio']:8.1f}{cached}", flush=True)
+    return row
+
+
+def write_squad_shaped_files(folder: Path, share: float) -> list[str]:
+    """Writes train.json and validation.json with this share of SQuAD 1.1's questions; returns a WordPiece vocabulary.
+
+    Words are syllables with Zipf's frequencies; the frequent ones are one token, the rare ones several. Contexts have a
+    lognormal number of words: 150 tokens in the mean, one in a hundred more than 384, as in SQuAD.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    onsets, vowels, codas = "b br c d f g gr h k l m n p pr r s st t tr v w".split(), "aeiou", ["", "n", "r", "s"]
+    syllables = np.array([onset + vowel + coda for onset in onsets for vowel in vowels for coda in codas])
+    sizes = np.minimum(1 + rng.poisson(np.linspace(0.6, 2.4, 90_000)), 5)
+    words = np.split(rng.choice(syllables, sizes.sum()), np.cumsum(sizes)[:-1])
+    words = np.array(list(dict.fromkeys("".join(word) for word in words)))
+    cumulative = np.cumsum(1 / np.arange(10, len(words) + 10))
+
+    def draw(lengths: np.ndarray) -> list[list[str]]:
+        count = lengths.sum()
+        drawn = words[np.searchsorted(cumulative, rng.random(count) * cumulative[-1])].astype(object)
+        for kind, change in ((rng.random(count) < 0.12, str.capitalize), (rng.random(count) < 0.06, "{},".format)):
+            drawn[kind] = [change(word) for word in drawn[kind]]
+        numbers = rng.random(count) < 0.03
+        drawn[numbers] = rng.integers(1, 2020, numbers.sum()).astype(str)
+        drawn[rng.random(count) < 0.045] += "."
+        ends = np.cumsum(lengths).tolist()
+        return [drawn[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
+
+    for split, num_questions in SQUAD_QUESTIONS.items():
+        num_questions = max(1, round(num_questions * share))
+        num_contexts = max(1, round(num_questions / QUESTIONS_PER_PARAGRAPH[split]))
+        contexts = draw(np.clip(rng.lognormal(4.63, 0.42, num_contexts), 20, 650).astype(int))
+        questions = draw(rng.integers(4, 15, num_questions))
+        more = rng.integers(0, num_contexts, num_questions - num_contexts)
+        of_context = np.sort(np.concatenate([np.arange(num_contexts), more]))
+        paragraphs = [{"context": " ".join(context), "qas": []} for context in contexts]
+        for number, (context, question) in enumerate(zip(of_context.tolist(), questions, strict=True)):
+            answers = []
+            for _ in range(GOLD_ANSWERS[split]):
+                first = int(rng.integers(len(contexts[context])))
+                text = " ".join(contexts[context][first : first + int(rng.geometric(0.35))])
+                start = len(" ".join([*contexts[context][:first], ""]))
+                answers.append({"text": text, "answer_start": start})
+            question = {"id": f"{split}-{number}", "question": " ".join(question) + "?", "answers": answers}
+            paragraphs[context]["qas"].append(question)
+        data = {"version": "1.1", "data": [{"title": "", "paragraphs": paragraphs}]}
+        (folder / f"{split}.json").write_text(json.dumps(data))
+
+    characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = [f"##{piece}" for piece in [*characters, *syllables.tolist()]]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return list(dict.fromkeys([*special, *characters, *pieces, *words[:28_000].tolist(), *syllables.tolist()]))
+
+
+def make_logits(features):
+    """(start, end), each float32 (num_windows, 384): noise, and a place in the window that the model likes."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    positions = np.arange(384)
+    place = rng.integers(20, 120, (len(features), 1))
+    logits = []
+    for shift in (0, 2):
+        logit = rng.standard_normal((len(features), 384), dtype=np.float32)
+        logits.append((logit + 8 * np.exp(-np.abs(positions - place - shift) / 4)).astype(np.float32))
+    return tuple(logits)
+
+
+def our_answers(examples, features, logits, folder: str):
+    from utils_qa import postprocess_qa_predictions, write_predictions
+
+    predictions = postprocess_qa_predictions(examples, features, logits)
+    write_predictions(predictions, folder, "ours")
+    return predictions
+
+
+def our_scores(examples, predictions) -> dict[str, float]:
+    from utils_qa import squad_scores
+
+    return squad_scores(examples, predictions)
+
+
+def run_qa_tokenize(batch, tokenizer, windows):
+    return tokenizer(
+        [question.lstrip() for question in batch["question"]],
+        batch["context"],
+        truncation="only_second",
+        max_length=windows.max_seq_length,
+        stride=windows.doc_stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        padding="max_length",
+    )
+
+
+def run_qa_train_features(examples, tokenizer, windows):
+    """Training features in the way of run_qa.py: every pair tokenized, then loops over its tokens."""
+
+    def prepare(batch):
+        encoded = run_qa_tokenize(batch, tokenizer, windows)
+        sample = encoded.pop("overflow_to_sample_mapping")
+        starts, ends = [], []
+        for i, offsets in enumerate(encoded.pop("offset_mapping")):
+            no_answer = encoded["input_ids"][i].index(tokenizer.cls_token_id)
+            sequence = encoded.sequence_ids(i)
+            answers = batch["answers"][sample[i]]
+            if len(answers["answer_start"]) == 0:
+                starts.append(no_answer)
+                ends.append(no_answer)
+                continue
+            start_char = answers["answer_start"][0]
+            end_char = start_char + len(answers["text"][0])
+            first, last = 0, len(sequence) - 1
+            while sequence[first] != 1:
+                first += 1
+            while sequence[last] != 1:
+                last -= 1
+            if offsets[first][0] > start_char or offsets[last][1] < end_char:
+                starts.append(no_answer)
+                ends.append(no_answer)
+                continue
+            while first < len(offsets) and offsets[first][0] <= start_char:
+                first += 1
+            while offsets[last][1] >= end_char:
+                last -= 1
+            starts.append(first - 1)
+            ends.append(last + 1)
+        encoded["start_positions"], encoded["end_positions"] = starts, ends
+        return encoded
+
+    return examples.map(prepare, batched=True, remove_columns=examples.column_names, load_from_cache_file=False)
+
+
+def run_qa_features(examples, tokenizer, windows):
+    """Evaluation features in the way of run_qa.py: the id and the offsets of the context's tokens are kept."""
+
+    def prepare(batch):
+        encoded = run_qa_tokenize(batch, tokenizer, windows)
+        sample = encoded.pop("overflow_to_sample_mapping")
+        encoded["example_id"] = [batch["id"][i] for i in sample]
+        for i, offsets in enumerate(encoded["offset_mapping"]):
+            sequence = encoded.sequence_ids(i)
+            encoded["offset_mapping"][i] = [span if sequence[k] == 1 else None for k, span in enumerate(offsets)]
+        return encoded
+
+    return examples.map(prepare, batched=True, remove_columns=examples.column_names, load_from_cache_file=False)
+
+
+def run_qa_answers(examples, features, logits, folder: str, n_best_size: int = 20, max_answer_length: int = 30) -> None:
+    """Answers in the way of run_qa.py: every pair of a likely start and a likely end in a Python loop."""
+    import numpy as np
+
+    windows_of = defaultdict(list)
+    for i, id_ in enumerate(features["example_id"]):
+        windows_of[id_].append(i)
+    answers, n_best_answers = {}, {}
+    for example in examples:
+        spans = []
+        for i in windows_of[example["id"]]:
+            start_logits, end_logits = logits[0][i], logits[1][i]
+            offsets = features[i]["offset_mapping"]
+            starts = np.argsort(start_logits)[-1 : -n_best_size - 1 : -1].tolist()
+            ends = np.argsort(end_logits)[-1 : -n_best_size - 1 : -1].tolist()
+            for start in starts:
+                for end in ends:
+                    if start >= len(offsets) or end >= len(offsets) or not offsets[start] or not offsets[end]:
+                        continue
+                    if end < start or end - start + 1 > max_answer_length:
+                        continue
+                    span = {
+                        "offsets": (offsets[start][0], offsets[end][1]),
+                        "score": start_logits[start] + end_logits[end],
+                        "start_logit": start_logits[start],
+                        "end_logit": end_logits[end],
+                    }
+                    spans.append(span)
+        best = sorted(spans, key=lambda span: span["score"], reverse=True)[:n_best_size]
+        for span in best:
+            start, end = span.pop("offsets")
+            span["text"] = example["context"][start:end]
+        if not best:
+            best = [{"text": "empty", "start_logit": 0.0, "end_logit": 0.0, "score": 0.0}]
+        scores = np.array([span.pop("score") for span in best])
+        exponentials = np.exp(scores - scores.max())
+        for probability, span in zip(exponentials / exponentials.sum(), best, strict=True):
+            span["probability"] = probability
+        answers[example["id"]] = best[0]["text"]
+        n_best_answers[example["id"]] = [
+            {key: value if isinstance(value, str) else float(value) for key, value in span.items()} for span in best
+        ]
+    for name, value in (("predictions", answers), ("nbest_predictions", n_best_answers)):
+        Path(folder, f"reference_{name}.json").write_text(json.dumps(value, indent=4) + "\n")
+
+
+def squad_evaluate_scores(examples, answers: dict[str, str]) -> dict[str, float]:
+    """The official metric of version 1 in plain Python, question by question."""
+
+    def normalize(text: str) -> str:
+        text = "".join(character for character in text.lower() if character not in set(string.punctuation))
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+    def f1(gold: str, answer: str) -> float:
+        gold_words, answer_words = normalize(gold).split(), normalize(answer).split()
+        common = sum((Counter(gold_words) & Counter(answer_words)).values())
+        if not gold_words or not answer_words:
+            return float(gold_words == answer_words)
+        if common == 0:
+            return 0.0
+        precision, recall = common / len(answer_words), common / len(gold_words)
+        return 2 * precision * recall / (precision + recall)
+
+    exact_scores, f1_scores = [], []
+    for example in examples:
+        golds = [text for text in example["answers"]["text"] if normalize(text)] or [""]
+        answer = answers[example["id"]]
+        exact_scores.append(max(int(normalize(gold) == normalize(answer)) for gold in golds))
+        f1_scores.append(max(f1(gold, answer) for gold in golds))
+    total = len(examples)
+    return {"exact": 100 * sum(exact_scores) / total, "f1": 100 * sum(f1_scores) / total, "total": total}
 
 
 if __name__ == "__main__":

@@ -411,6 +411,15 @@ def test_second_run_reads_the_cache(datasets_cache, monkeypatch):
     assert cache_files(datasets_cache) == [path]
 
 
+def test_state_of_the_tokenizer_changes_nothing():
+    used = golden_tokenizer()
+    used("use it", padding="max_length", max_length=5, truncation=True)
+    for make in (make_train_features, make_features):
+        ours = make(golden_examples(), used, WindowSettings(), overwrite_cache=True)[:]
+        used("use it", padding="max_length", max_length=5, truncation=True)
+        assert ours == make(golden_examples(), golden_tokenizer(), WindowSettings(), overwrite_cache=True)[:]
+
+
 def test_overwrite_cache(datasets_cache):
     make_features(golden_examples(), golden_tokenizer(), WindowSettings())
     (path,) = cache_files(datasets_cache)
@@ -446,6 +455,13 @@ def test_any_change_makes_new_features(datasets_cache):
     # ids and titles are in no feature
     make_train_features(make_examples([("other", *row[1:])]), *base[1:])
     assert len(cache_files(datasets_cache)) == len(variants)
+
+
+def test_same_texts_in_other_rows_differ(datasets_cache):
+    for contexts in ("aba", "abb", "baa"):
+        rows = [(str(i), "who", f"the king {letter}", "", 0) for i, letter in enumerate(contexts)]
+        make_features(make_examples(rows), golden_tokenizer(), WindowSettings())
+    assert len(cache_files(datasets_cache)) == 3
 
 
 def test_texts_that_join_to_the_same_bytes_differ(datasets_cache):
