@@ -354,13 +354,17 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     writer.join()
     assert seen == {"old"} and path.read_text() == "new" * 10**6 + "end"
 
+    with open(path) as reader:  # opened before, it goes on with the old file
+        write_text(path, ["newer"])
+        assert reader.read() == "new" * 10**6 + "end"
+
     def broken():
         yield "half"
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         write_text(path, broken())
-    assert path.read_text().endswith("end") and os.listdir(tmp_path) == ["text"]
+    assert path.read_text() == "newer" and os.listdir(tmp_path) == ["text"]
 
 
 # Metric
