@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py attention [--sizes base large] [--lengths 160x10 384x4 512x4] [--repeats 8] [--json FILE]
 python scripts/benchmark.py data [--questions 87599] [--repeats 3] [--json FILE]
+python scripts/benchmark.py training [--size base] [--questions 20000] [--batches 8] [--repeats 3] [--json FILE]
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     add_attention_command(commands)
     add_data_command(commands)
+    add_training_command(commands)
     args = parser.parse_args()
     rows = args.run(args)
     if args.json:
@@ -177,9 +179,9 @@ def make_step(layer, hidden, kind: str):
         layer.train()
 
         def step():
+            layer(hidden).sum().backward()
             layer.zero_grad()
             hidden.grad = None
-            layer(hidden).sum().backward()
 
     return step
 
@@ -564,6 +566,124 @@ def squad_evaluate_scores(examples, answers: dict[str, str]) -> dict[str, float]
         f1_scores.append(max(f1(gold, answer) for gold in golds))
     total = len(examples)
     return {"exact": 100 * sum(exact_scores) / total, "f1": 100 * sum(f1_scores) / total, "total": total}
+
+
+# Training steps: what padding costs
+
+
+def add_training_command(commands) -> None:
+    parser = commands.add_parser(
+        "training", help="training steps on text of SQuAD's shape: padded to 384, padded to the batch, and ours"
+    )
+    parser.add_argument("--size", choices=MODEL_SHAPES, default="base", help="shape of the BERT (%(default)s)")
+    parser.add_argument("--questions", type=int, default=20_000, help="to train on (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=12, help="windows in a batch (%(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="batches in a round (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (%(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.set_defaults(run=measure_training)
+
+
+# size -> (hidden size, layers, heads)
+MODEL_SHAPES = {"mini": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+def measure_training(args: argparse.Namespace) -> list[dict]:
+    """A row for each way of making batches: windows a second (median of the rounds) and the share of padding."""
+    import datasets
+    import numpy as np
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    from data_qa import QADataCollator, WindowSettings, make_features, make_train_features
+
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = write_squad_shaped_files(Path(folder), args.questions / SQUAD_QUESTIONS["train"])
+        Path(folder, "vocabulary.json").write_text(json.dumps(vocabulary))
+        tokenizer, examples = open_squad_shaped(folder)
+        features = make_train_features(examples["train"], tokenizer, WindowSettings())
+        eval_features = make_features(examples["validation"], tokenizer, WindowSettings())
+        lengths, eval_lengths = np.asarray(features["length"]), np.asarray(eval_features["length"])
+
+        shuffled = np.random.default_rng(0).permutation(len(lengths))
+        batches = {
+            "padded to 384": in_batches(shuffled, args.batch_size),
+            "padded to the batch": in_batches(shuffled, args.batch_size),
+            "ours": in_batches(training_order(features, args.batch_size), args.batch_size),
+        }
+        collators = {name: QADataCollator(tokenizer) for name in batches}
+        collators["padded to 384"] = QADataCollator(tokenizer, pad_to_max_length=384)
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        hidden, layers, heads = MODEL_SHAPES[args.size]
+        torch.manual_seed(0)
+        model = BertForQuestionAnswering(
+            BertConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=4 * hidden,
+            )
+        ).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, fused=True)
+
+        def run_round(way: str) -> None:
+            # Evenly over the batches by their length, so that few stand for all.
+            by_length = sorted(batches[way], key=lambda batch: lengths[batch].max())
+            for place in (np.arange(args.batches) + 0.5) * len(by_length) / args.batches:
+                rows = [features[int(index)] for index in by_length[int(place)]]
+                inputs = {key: tensor.to(device) for key, tensor in collators[way](rows).items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = model(**inputs).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        for way in batches:
+            run_round(way)
+        seconds = alternate_calls({way: functools.partial(run_round, way) for way in batches}, args.repeats)
+
+    print(f"{name}, BERT-{args.size}, batches of {args.batch_size}, {len(lengths)} windows")
+    print(f"{'':22}{'windows/s':>10}{'ratio':>8}{'padding':>9}")
+    rows = []
+    for way, spent in seconds.items():
+        longest = 384 if way == "padded to 384" else None
+        row = {"what": way, "size": args.size, "device": name, "seconds": spent}
+        row["windows_per_second"] = args.batches * args.batch_size / spent
+        row["ratio"] = seconds["padded to 384"] / spent
+        row["padding"] = padding_share(lengths, batches[way], longest)
+        rows.append(row)
+        print(f"{way:<22}{row['windows_per_second']:10.2f}{row['ratio']:8.2f}{row['padding']:9.1%}")
+    by_length = in_batches(np.argsort(-eval_lengths, kind="stable"), args.batch_size)
+    rows.append({"what": "ours, evaluation", "padding": padding_share(eval_lengths, by_length, None)})
+    print(f"{'ours, evaluation':<22}{'':18}{rows[-1]['padding']:9.1%}")
+    return rows
+
+
+def training_order(features, batch_size: int) -> list[int]:
+    """The order of an epoch's windows as run_squad.py trains on them."""
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    generator = torch.Generator().manual_seed(0)
+    return list(LengthGroupedSampler(batch_size, lengths=features["length"], generator=generator))
+
+
+def in_batches(order, batch_size: int) -> list:
+    import numpy as np
+
+    return [np.asarray(order[first : first + batch_size]) for first in range(0, len(order), batch_size)]
+
+
+def padding_share(lengths, batches: list, longest: int | None) -> float:
+    """The share of tokens that are padding where each batch is as wide as its longest window, or `longest`."""
+    tokens = sum(len(batch) * (longest or int(lengths[batch].max())) for batch in batches)
+    return 1 - int(lengths.sum()) / tokens
 
 
 if __name__ == "__main__":
