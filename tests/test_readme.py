@@ -1,0 +1,75 @@
+"""Every command of the README runs as it stands there, and every flag and file it names exists."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_cache import cache_dataset, cache_model
+from tiny import tiny_bert, tiny_questions
+
+import run_squad
+from data_qa import read_squad_file
+
+ROOT = Path(run_squad.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A folder with the repository's files, the README's own files, and the hub's names in a cache."""
+    for name in ("run_squad.py", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (own_file,) = blocks("json")
+    (tmp_path / "my_questions.json").write_text(own_file)
+    question = json.loads(own_file)["data"][0]["paragraphs"][0]
+    (tmp_path / "curie.txt").write_text(question["context"])
+    for qa in question["qas"]:
+        del qa["answers"]
+    (tmp_path / "new_questions.json").write_text(json.dumps({"data": [{"paragraphs": [question]}]}))
+
+    hub = tmp_path / "hub"
+    squad = read_squad_file(tiny_questions(tmp_path / "squad.json"), cache_dir=str(tmp_path / "cache"))
+    cache_dataset(hub, "squad", "plain_text", {"train": squad, "validation": squad})
+    for name in set(re.findall(r"--model_name_or_path (\S+/\S+)", "".join(blocks("bash")))):
+        position_type = "relative_key_query" if "relative" in name else "absolute"
+        cache_model(hub, name, Path(tiny_bert(tmp_path / "made" / name, position_type, max_positions=512)))
+    monkeypatch.setenv("HF_HOME", str(hub))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_command_runs_in_order(workplace):
+    commands = blocks("bash")
+    assert len(commands) >= 5
+    for command in commands:
+        fewer = command.replace("--nproc_per_node=8", "--nproc_per_node=2")
+        done = subprocess.run(["bash", "-euc", fewer], cwd=workplace, capture_output=True, text=True)
+        assert done.returncode == 0, command + done.stderr[-3000:]
+    assert json.loads((workplace / "my_answers" / "predict_predictions.json").read_text()).keys() == {"curie-1"}
+    for code in blocks("python"):
+        subprocess.run([sys.executable, "-c", code], cwd=workplace, check=True, capture_output=True)
+
+
+def test_every_flag_and_file_exists():
+    groups = (run_squad.ModelArguments, run_squad.DataTrainingArguments, run_squad.QATrainingArguments)
+    ours = {f"--{name}" for group in groups for name in group.__dataclass_fields__}
+    elsewhere = {"--nproc_per_node", "--question", "--context_file", "--json", "--help", "--group_by_length"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*\b", README))
+    assert named - elsewhere <= ours
+    for file in re.findall(r"\b(?:scripts/)?\w+\.(?:py|sh)\b", README):
+        assert (ROOT / file).exists() or file in ("run_qa.py",), file
+
+
+def test_the_set_up_commands_come_first():
+    first = README.index("bash scripts/quickstart.sh"), README.index("bash scripts/test.sh")
+    assert first[0] < first[1] < README.index("```bash")
