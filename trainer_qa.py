@@ -225,12 +225,13 @@ class QuestionAnsweringTrainer(Trainer):
     def check_step(self, model) -> None:
         """Before the optimizer steps: are loss and gradient finite on all ranks, and was any of them asked to stop?"""
         losses, self._step_losses = self._step_losses, []
+        device = losses[0][0].device
         bad_loss = ~torch.isfinite(torch.stack([loss.float() for loss, _ in losses])).all()
         bad_gradient = torch.zeros_like(bad_loss)
         if self._grad_norm is not None and self.accelerator.scaler is None:  # float16's scaler looks for itself
             norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
-            bad_gradient = ~torch.isfinite(torch.as_tensor(norm, device=bad_loss.device))
-        flags = torch.stack([bad_loss.long(), bad_gradient.long(), bad_loss.new_tensor(self.signal_received).long()])
+            bad_gradient = ~torch.isfinite(torch.as_tensor(norm, device=device))
+        flags = torch.stack([bad_loss.long(), bad_gradient.long(), torch.tensor(self.signal_received, device=device)])
         bad_loss, bad_gradient, self.stop_signal = self._maximum(flags).tolist()
         if not (bad_loss or bad_gradient):
             return
