@@ -32,6 +32,7 @@ RELATIVE_TYPES = ("relative_key", "relative_key_query")
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
 GROUP_SCORES = 2**20  # scores of the heads that a CPU works on at a time: 4 MB in float32
+KEPT_GROUPS = (3, 5)  # of 5 such groups 3 keep their probabilities for the gradient and 2 compute them again
 BLOCK_QUERIES = 32  # queries that share one product with the rows of their distances
 
 
@@ -183,30 +184,26 @@ class RelativeAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, query_rows, key_rows, mask, dropout, save):
         batch, heads, length, size = query.shape
         context = query.new_empty(batch, length, heads, size).transpose(1, 2)
-        kept = []  # the probabilities of each group of heads, and which of them dropout has kept
-        for group in head_groups(query):
-            scores = query[group] @ key[group].transpose(-1, -2)
-            add_relative_scores_(scores, query[group], query_rows)
-            if key_rows is not None:
-                add_relative_scores_(scores.transpose(-1, -2), key[group], key_rows)
-            if mask is not None:
-                scores += mask.expand(batch, heads, length, length)[group]
-            probabilities = scores.softmax(-1)
+        if mask is not None:
+            mask = mask.expand(batch, heads, length, length)
+        kept = []  # for each group of heads its probabilities or None, and which of them dropout has spared
+        for number, group in enumerate(head_groups(query)):
+            probabilities = group_probabilities(group, query, key, query_rows, key_rows, mask)
             if save:
-                kept.append(probabilities)
+                kept.append(probabilities if number % KEPT_GROUPS[1] < KEPT_GROUPS[0] else None)
             if dropout > 0:
-                probabilities, survivors = torch.native_dropout(probabilities, dropout, True)
+                probabilities, spared = torch.native_dropout(probabilities, dropout, True)
                 if save:
-                    kept.append(survivors)
+                    kept.append(spared)
             context[group] = probabilities @ value[group]
         ctx.dropout = dropout
-        ctx.save_for_backward(query, key, value, query_rows, key_rows, context, *kept)
+        ctx.save_for_backward(query, key, value, query_rows, key_rows, mask, context, *kept)
         return context.transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, context_grad):
-        query, key, value, query_rows, key_rows, context, *kept = ctx.saved_tensors
+        query, key, value, query_rows, key_rows, mask, context, *kept = ctx.saved_tensors
         context_grad = context_grad.transpose(1, 2)
         query_grad, key_grad, value_grad = (torch.empty_like(tensor) for tensor in (query, key, value))
         query_rows_grad = torch.zeros_like(query_rows)
@@ -214,12 +211,14 @@ class RelativeAttention(torch.autograd.Function):
         kept = iter(kept)
         for group in head_groups(query):
             probabilities = next(kept)
+            if probabilities is None:
+                probabilities = group_probabilities(group, query, key, query_rows, key_rows, mask)
             scores_grad = context_grad[group] @ value[group].transpose(-1, -2)  # of the probabilities, until below
             if ctx.dropout > 0:
-                survivors = next(kept)
+                spared = next(kept)
                 scale = 1 / (1 - ctx.dropout)
-                scores_grad.mul_(survivors).mul_(scale)
-                value_grad[group] = (probabilities * survivors).transpose(-1, -2) @ (context_grad[group] * scale)
+                scores_grad.mul_(spared).mul_(scale)
+                value_grad[group] = (probabilities * spared).transpose(-1, -2) @ (context_grad[group] * scale)
             else:
                 value_grad[group] = probabilities.transpose(-1, -2) @ context_grad[group]
             # Through the softmax; the mean over the keys of the probabilities' gradient is context · its gradient.
@@ -231,6 +230,17 @@ class RelativeAttention(torch.autograd.Function):
                 scores_grad = scores_grad.transpose(-1, -2)
                 add_relative_gradients_(key_grad[group], key_rows_grad, scores_grad, key[group], key_rows)
         return query_grad, key_grad, value_grad, query_rows_grad, key_rows_grad, None, None, None
+
+
+def group_probabilities(group, query, key, query_rows, key_rows, mask) -> torch.Tensor:
+    """The attention probabilities of one of `head_groups`, before dropout: (heads of the group, length, length)."""
+    scores = query[group] @ key[group].transpose(-1, -2)
+    add_relative_scores_(scores, query[group], query_rows)
+    if key_rows is not None:
+        add_relative_scores_(scores.transpose(-1, -2), key[group], key_rows)
+    if mask is not None:
+        scores += mask[group]
+    return scores.softmax(-1)
 
 
 def head_groups(query: torch.Tensor):

@@ -217,7 +217,9 @@ def test_distance_is_query_minus_key():
 def test_gradient_against_finite_differences(position_type, attention, dropout):
     layer = attention_layer(position_type, attention, max_position_embeddings=6).double().train()
     layer.dropout.p = dropout
-    hidden = torch.randn(2, 5, 32, dtype=torch.double, requires_grad=True)
+    hidden = torch.randn(
+        4, 5, 32, dtype=torch.double, requires_grad=True
+    )  # the last is computed again for the gradient
 
     def attend(hidden, table):
         torch.manual_seed(7)  # the same probabilities are dropped each time
