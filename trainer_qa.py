@@ -269,7 +269,7 @@ class QuestionAnsweringTrainer(Trainer):
         if self.args.dataloader_drop_last:
             windows_per_epoch = min(windows_per_epoch, batches * self._train_batch_size * self.args.world_size)
         epochs, rest = divmod(steps, max(math.ceil(batches / self.args.gradient_accumulation_steps), 1))
-        return epochs * windows_per_epoch + min(rest * self.get_total_train_batch_size(self.args), windows_per_epoch)
+        return epochs * windows_per_epoch + rest * self.get_total_train_batch_size(self.args)
 
     # ---- Signals ----
 
