@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -255,8 +256,8 @@ def measure_data(args: argparse.Namespace) -> list[dict]:
         vocabulary = write_squad_shaped_files(Path(folder), share)
         (Path(folder) / "vocabulary.json").write_text(json.dumps(vocabulary))
         context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:  # a process of its own, because a process's peak memory never falls
-            peak = pool.apply(run_data_path, (folder,))
+        with ProcessPoolExecutor(1, context) as executor:  # a process of its own: peak memory never falls again
+            peak = executor.submit(run_data_path, folder).result()
         rows = list(time_data_path(folder, args.repeats))
     print(f"peak memory of reading, features, post-processing and metric in one process: {peak / 1e9:.2f} GB")
     return [row | {"peak_bytes": peak} for row in rows]
