@@ -17,7 +17,7 @@ python -c "import matplotlib" 2>/dev/null || {
     echo "compare_positions.sh: error: matplotlib is missing: python -m pip install matplotlib" >&2
     exit 2
 }
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 mkdir -p "$output_dir"
 budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "$@")"
