@@ -167,6 +167,17 @@ def test_killed_twice_with_other_flags(strategy, sampling, command, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_evaluation_at_an_epochs_end_comes_before_the_checkpoint_of_its_last_step(command, tmp_path):
+    """Else a run killed in between would go on without it."""
+    command = [flag for flag in command if flag != "--load_best_model_at_end"] + ["--eval_strategy", "epoch"]
+    killed = launch.run(*command, "--output_dir", tmp_path, at=At("run_squad.write_predictions", 1))
+    assert killed.exit_codes == [-signal.SIGKILL]
+    assert [Path(folder).name for folder in whole_checkpoints(tmp_path)] == ["checkpoint-6"]
+    finish(command, tmp_path)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_f1" in entry] == [12, 24, 29, 29]
+
+
 def test_a_copied_output_dir_keeps_its_best_model(command, never_killed, tmp_path):
     """Checkpoints name the best one by its path; a run goes on from a copy that lies elsewhere."""
     launch.run(*command, "--output_dir", tmp_path / "first", at=At(f"{TRAINER}.training_step", 53))
