@@ -95,9 +95,8 @@ def measure_attention(args: argparse.Namespace) -> list[dict]:
 def print_row(row: dict) -> None:
     ours, absolute, reference = (row[f"{who}_s"] for who in ("ours", "absolute", "reference"))
     peaks = [row[f"{who}_peak_bytes"] for who in ("ours", "absolute", "reference")]
-    added = (peaks[0] - peaks[1]) / max(
-        1, peaks[2] - peaks[1]
-    )  # what relative positions add, as a share of the reference's
+    # What relative positions add, as a share of what the reference adds.
+    added = (peaks[0] - peaks[1]) / max(1, peaks[2] - peaks[1])
     print(
         f"{row['what'] + ' x' + str(row['batch']) + ' ' + row['size']:<36}{ours:10.4f}{absolute:10.4f}{reference:10.4f}"
         f"{ours / absolute:9.3f}{reference / absolute:8.3f}{ours / reference:9.3f}"
