@@ -230,7 +230,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
                 tokenizer,
                 windows,
                 num_proc=data_args.preprocessing_num_workers,
-                overwrite_cache=data_args.overwrite_cache and training_args.process_index == 0,
+                overwrite_cache=data_args.overwrite_cache and training_args.local_process_index == 0,
                 desc=f"{split} features",
             )
             for split, questions in examples.items()
