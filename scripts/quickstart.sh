@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a toy SQuAD (toy_squad/), teaches a BERT with relative positions to answer its questions from scratch
-# (quickstart_output/), and shows how well it answers questions on texts that it never saw. About two minutes on 2 cores.
+# (quickstart_output/), and shows how well it answers questions on texts that it never saw. Minutes on 2 cores.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
