@@ -7,6 +7,7 @@
     python run_squad.py arguments.json
 """
 
+import atexit
 import json
 import logging
 import math
@@ -606,5 +607,22 @@ def _exit(message: str, status: int) -> None:
     sys.exit(status)
 
 
+def leave(status: int | None) -> None:
+    """Ends the process; under torchrun without the interpreter's teardown.
+
+    There a thread of gloo's now and then aborts a process that has done its work, which torchrun takes for a failure.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        leave(end.code)
+    leave(0)

@@ -63,7 +63,15 @@ def test_every_command_runs_in_order(workplace):
 def test_every_flag_and_file_exists():
     groups = (run_squad.ModelArguments, run_squad.DataTrainingArguments, run_squad.QATrainingArguments)
     ours = {f"--{name}" for group in groups for name in group.__dataclass_fields__}
-    elsewhere = {"--nproc_per_node", "--question", "--context_file", "--json", "--help", "--group_by_length"}
+    elsewhere = {
+        "--nproc_per_node",
+        "--question",
+        "--context_file",
+        "--json",
+        "--help",
+        "--group_by_length",
+        "--warmup_ratio",
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*\b", README))
     assert named - elsewhere <= ours
     for file in re.findall(r"\b(?:scripts/)?\w+\.(?:py|sh)\b", README):
