@@ -46,7 +46,7 @@ def read_runs(output_dir: Path) -> dict[str, list[Run]]:
     seeds = sorted(output_dir.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
     if not seeds:
         raise ValueError(f"{output_dir} holds no seed-*: run compare_positions.sh first")
-    for seed in seeds:
+    for seed in seeds:  # each has paragraphs of its own, and so a few steps more or less
         for position_type in POSITION_TYPES:
             results, state = seed / position_type / "eval_results.json", seed / position_type / "trainer_state.json"
             if not (results.exists() and state.exists()):
@@ -55,17 +55,18 @@ def read_runs(output_dir: Path) -> dict[str, list[Run]]:
             curve = {entry["step"]: entry["eval_f1"] for entry in state["log_history"] if "eval_f1" in entry}
             curve[state["global_step"]] = scores["eval_f1"]
             runs[position_type].append(Run(scores["eval_exact"], scores["eval_f1"], state["global_step"], curve))
-    budgets = {run.steps for of_type in runs.values() for run in of_type}
-    if len(budgets) > 1:
-        raise ValueError(f"{output_dir} holds runs of {', '.join(map(str, sorted(budgets)))} steps: not one budget")
+        budgets = {of_type[-1].steps for of_type in runs.values()}
+        if len(budgets) > 1:
+            raise ValueError(f"{seed} holds runs of {', '.join(map(str, sorted(budgets)))} steps: not one budget")
     return runs
 
 
 def table(runs: dict[str, list[Run]]) -> str:
     """Mean and sample standard deviation over seeds of f1 and exact, and the lowest and highest f1."""
     some = next(iter(runs.values()))
+    steps = sorted({run.steps for run in some})
     lines = [
-        f"{len(some)} seeds, {some[0].steps} steps",
+        f"{len(some)} seeds, {steps[0]}{f' to {steps[-1]}' if len(steps) > 1 else ''} steps",
         "",
         "| positions | f1 mean | f1 sd | f1 lowest | f1 highest | exact mean |",
         "|---|---|---|---|---|---|",

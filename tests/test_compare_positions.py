@@ -70,11 +70,11 @@ def write_run(folder: Path, f1: float, steps: int = 20) -> None:
 def test_table_and_picture(tmp_path, capsys):
     for seed, f1 in [(0, 40.0), (2, 43.0), (10, 49.0)]:
         for shift, position_type in enumerate(compare_positions.POSITION_TYPES):
-            write_run(tmp_path / f"seed-{seed}" / position_type, f1 + 10 * shift)
+            write_run(tmp_path / f"seed-{seed}" / position_type, f1 + 10 * shift, steps=20 + seed)
     compare_positions.main([str(tmp_path)])
     # Mean (40 + 43 + 49) / 3 = 44; deviations -4, -1, 5; standard deviation sqrt((16 + 1 + 25) / 2) = 4.58.
     assert capsys.readouterr().out.splitlines()[:7] == [
-        "3 seeds, 20 steps",
+        "3 seeds, 20 to 30 steps",
         "",
         "| positions | f1 mean | f1 sd | f1 lowest | f1 highest | exact mean |",
         "|---|---|---|---|---|---|",
@@ -83,7 +83,7 @@ def test_table_and_picture(tmp_path, capsys):
         "| relative_key_query | 64.00 | 4.58 | 60.00 | 69.00 | 54.00 |",
     ]
     assert (tmp_path / "f1_over_steps.png").read_bytes().startswith(b"\x89PNG")
-    assert compare_positions.read_runs(tmp_path)["absolute"][2].curve == {10: 24.5, 20: 49.0}
+    assert compare_positions.read_runs(tmp_path)["absolute"][2].curve == {10: 24.5, 20: 49.0, 30: 49.0}
 
 
 def test_runs_that_cannot_be_compared(tmp_path, capsys):
