@@ -71,6 +71,7 @@ def test_every_flag_and_file_exists():
         "--help",
         "--group_by_length",
         "--warmup_ratio",
+        "--size",
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*\b", README))
     assert named - elsewhere <= ours
