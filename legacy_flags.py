@@ -5,13 +5,14 @@ TrainingArguments, that is no longer parsed (or no longer means the same) its fa
 numbers is translated or refused, never ignored.
 """
 
+import argparse
 import difflib
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -407,14 +408,47 @@ def flags_from_json(path: str | os.PathLike) -> list[str]:
     return argv
 
 
-def make_parser(dataclass_types: Iterable[type], **settings: Any) -> HfArgumentParser:
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.refuse(f"{message} (--help shows all flags)")
+
+    def refuse(self, error: object) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {error}\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Each flag under one of its spellings, and its default where that says something."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return super()._format_action_invocation(action)
+        if action.nargs == "?":  # booleans take a value but need none
+            return action.option_strings[0]
+        value = f"{{{','.join(action.choices)}}}" if action.choices else "VALUE"
+        return f"{action.option_strings[0]} {value}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_nothing = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if action.nargs == 0 or says_nothing else f"{action.help} (default: %(default)s)"
+
+
+def make_parser(dataclass_types: Iterable[type], first: Iterable[str] = (), **settings: Any) -> HfArgumentParser:
     """HfArgumentParser for `translate_flags`: no abbreviations, so that a misspelt or an old flag is never taken for
     another one; several trackers in --report_to; one-line ValueErrors instead of a page of usage and an exit.
-    `settings` go to ArgumentParser."""
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, **settings)
-    for action in parser._actions:
-        if action.dest == "report_to":
-            action.nargs = "+"
+    The help shows the fields named in `first` before all others; `settings` go to ArgumentParser."""
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, formatter_class=HelpFormatter, **settings)
+    actions = {action.dest: action for action in parser._actions}
+    if "report_to" in actions:
+        actions["report_to"].nargs = "+"
+    groups = parser._action_groups
+    what_to_do = parser.add_argument_group("what to do")
+    for name in first:
+        (group,) = (group for group in groups if actions[name] in group._group_actions)
+        group._group_actions.remove(actions[name])
+        what_to_do._group_actions.append(actions[name])
+    groups.insert(0, groups.pop())
 
     def raise_one_line(message: str) -> None:
         raise ValueError(message)

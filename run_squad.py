@@ -58,6 +58,10 @@ METRIC_NAMES = """
     exact f1 total HasAns_exact HasAns_f1 HasAns_total NoAns_exact NoAns_f1 NoAns_total
     best_exact best_exact_thresh best_f1 best_f1_thresh
 """.split()
+# What the help shows first: transformers' flags that each run needs, and ours that stand among them.
+WHAT_TO_DO = """
+    do_train do_eval do_predict output_dir overwrite_output_dir resume_from_checkpoint max_nonfinite_steps
+""".split()
 RUN_STATE = "run_state.json"  # how far the run in an output_dir has come: training, trained or finished
 # How questions become answers and which were evaluated, so that ask.py and report.py need not be told again.
 QA_SETTINGS = "qa_settings.json"
@@ -159,8 +163,20 @@ class DataTrainingArguments:
 class QATrainingArguments(TrainingArguments):
     """transformers' own, with what question answering needs."""
 
-    _argument_group_name = "the run (transformers' TrainingArguments and, at the end, two of ours)"
+    _argument_group_name = "training (transformers' TrainingArguments)"
 
+    output_dir: str | None = field(
+        default=None, metadata={"help": "The folder that the model, its checkpoints, answers and metrics go to."}
+    )
+    do_train: bool = field(default=False, metadata={"help": "Train, and save the model."})
+    do_eval: bool = field(default=False, metadata={"help": "Answer the validation questions, and score the answers."})
+    do_predict: bool = field(
+        default=False, metadata={"help": "Answer the test questions; scored only where they have gold answers."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to go on from; by default the last one of an unfinished run in output_dir."},
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
@@ -169,7 +185,7 @@ class QATrainingArguments(TrainingArguments):
         },
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train anew where output_dir holds a run, removing its checkpoints."}
+        default=False, metadata={"help": "Train anew where output_dir holds a run already, removing its checkpoints."}
     )
     max_nonfinite_steps: int = field(
         default=0,
@@ -334,6 +350,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
     argv, notices = translate_flags(argv)
     parser = make_parser(
         (ModelArguments, DataTrainingArguments, QATrainingArguments),
+        first=WHAT_TO_DO,
         prog="run_squad.py",
         usage="%(prog)s --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",
         description=__doc__.split("\n")[0],

@@ -29,6 +29,7 @@ import transformers  # noqa: E402
 
 import run_squad  # noqa: E402
 from data_qa import QADataCollator, WindowSettings, make_features  # noqa: E402
+from legacy_flags import OneLineParser  # noqa: E402
 from utils_qa import postprocess_qa_predictions  # noqa: E402
 
 WINDOWS_PER_BATCH = 16
@@ -56,10 +57,12 @@ class AnswerSettings(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
-        ask(parse_arguments(argv))
+        ask(args)
     except ValueError as error:
-        sys.exit(_error(str(error)))
+        parser.refuse(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -92,17 +95,7 @@ def ask(args: argparse.Namespace) -> None:
 # ---- Arguments and texts ----
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        sys.exit(_error(f"{message} (--help shows all flags)"))
-
-
-def _error(message: str) -> int:
-    print(f"ask.py: error: {message}", file=sys.stderr)
-    return 2
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="ask.py",
         description=__doc__,
@@ -122,7 +115,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="whether 'no answer' is an answer; by default as the model was trained or evaluated",
     )
     parser.add_argument("--null_score_diff_threshold", type=float, metavar="X", help="as in run_squad.py")
-    return parser.parse_args(argv)
+    return parser
 
 
 def read_context(file: str | None) -> str:

@@ -26,6 +26,7 @@ import transformers  # noqa: E402
 
 import run_squad  # noqa: E402
 from data_qa import WindowSettings, load_examples, make_features  # noqa: E402
+from legacy_flags import OneLineParser  # noqa: E402
 from utils_qa import QAPredictions, raw_scores, squad_scores, write_text  # noqa: E402
 
 WORST_QUESTIONS = 50
@@ -63,28 +64,19 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
-        args = parse_arguments(argv)
         transformers.logging.set_verbosity_error()
         datasets.disable_progress_bars()
         path = os.path.join(args.output_dir, "report.html")
         write_text(path, [page(read_run(args))])
     except (ValueError, OSError) as error:
-        sys.exit(_error(str(error)))
+        parser.refuse(error)
     print(path)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        sys.exit(_error(f"{message} (--help shows all flags)"))
-
-
-def _error(message: str) -> int:
-    print(f"report.py: error: {message}", file=sys.stderr)
-    return 2
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="report.py",
         description=__doc__,
@@ -97,7 +89,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation_file", metavar="FILE", help="the file that was evaluated, if it has moved")
     parser.add_argument("--dataset_name", metavar="NAME", help="the dataset of the hub that was evaluated")
     parser.add_argument("--dataset_config_name", metavar="NAME", help="configuration of that dataset")
-    return parser.parse_args(argv)
+    return parser
 
 
 # ---- Reading ----

@@ -128,7 +128,7 @@ def test_report_of_a_run(version_2, tmp_path, capsys):
         assert title in page.text
     assert ("Average precision" in page.text) == version_2
 
-    run = report.read_run(report.parse_arguments([str(out)]))
+    run = report.read_run(report.make_parser().parse_args([str(out)]))
     assert sum(q.num_windows for q in run.questions) == results["eval_samples"]
     for name in ("exact", "f1"):
         mean = 100 * sum(getattr(q, name) for q in run.questions) / 9
@@ -249,7 +249,7 @@ def test_calibration_by_hand():
 def test_probability_of_a_span_that_two_windows_see(tmp_path):
     n_best = [("a", 0.4, 0), ("a", 0.3, 0), ("a", 0.2, 4), ("b", 0.1, 2)]
     write_run(tmp_path / "run", [{"id": "1", "question": "?", "context": "a b a", "golds": ["a"], "n_best": n_best}])
-    run = report.read_run(report.parse_arguments([str(tmp_path / "run")]))
+    run = report.read_run(report.make_parser().parse_args([str(tmp_path / "run")]))
     assert run.questions[0].probability == pytest.approx(0.7)
 
 

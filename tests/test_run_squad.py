@@ -1,6 +1,7 @@
 """The whole program on data and models that take seconds: what it writes, prints, resumes and refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import RobertaConfig, RobertaForQuestionAnswering
 import run_squad
 
 ROOT = Path(run_squad.__file__).parent
+GROUPS = (run_squad.ModelArguments, run_squad.DataTrainingArguments, run_squad.QATrainingArguments)
 QUICK = "--max_seq_length 48 --doc_stride 16 --num_train_epochs 1 --per_device_train_batch_size 4 --use_cpu".split()
 
 
@@ -254,3 +256,31 @@ def test_torchrun_trains_one_model_with_two_processes(inputs, tmp_path):
     assert read(tmp_path, "out", "eval_results.json")["eval_total"] == 6
     assert done.stdout.count('"exact"') == 1
     assert "2 process(es)" in done.stderr
+
+
+# ---- Help ----
+
+
+def test_help_shows_what_to_do_first_and_every_flag_once(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        run_squad.main(["--help"])
+    assert exit_status.value.code == 0
+    text = capsys.readouterr().out
+    titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == [
+        "what to do:",
+        "options:",
+        "model:",
+        "questions and answers:",
+        "training (transformers' TrainingArguments):",
+    ]
+    first = text[: text.index("\noptions:")]
+    assert all(f"\n  --{name}" in first for name in run_squad.WHAT_TO_DO)
+
+    shown = re.findall(r"^  (?:-h, )?--(\w+)", text, flags=re.MULTILINE)
+    assert len(set(shown)) == len(shown)
+    fields = {name for group in GROUPS for name, field in group.__dataclass_fields__.items() if field.init}
+    assert {name for name in shown if not name.startswith("no_")} == fields | {"help"}
+    words = " ".join(text.split())
+    assert "tokens of a window: question, a part of the context, special tokens. (default: 384)" in words
+    assert "by more than this. (default: 0.0)" in words
