@@ -21,7 +21,7 @@ METRIC_TITLES = {
 # Flags that say nothing about the model, or set by TrainingArguments itself.
 LEFT_OUT = """
     token hub_token output_dir cache_dir resume_from_checkpoint overwrite_output_dir overwrite_cache disable_tqdm
-    use_cpu dataloader_pin_memory ddp_find_unused_parameters report_to
+    use_cpu dataloader_pin_memory ddp_find_unused_parameters report_to run_name
 """.split()
 
 

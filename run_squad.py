@@ -202,6 +202,8 @@ class QATrainingArguments(TrainingArguments):
                 raise ValueError("--fsdp needs GPUs, and there is none here: leave it out")
         if self.enable_jit_checkpoint:
             raise ValueError("--enable_jit_checkpoint is always on here: SIGTERM saves a checkpoint. Leave it out")
+        if self.run_name is None:  # a tracker's name for the run, under which its parts come together
+            self.run_name = os.path.basename(os.path.normpath(self.output_dir))
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "f1"
         best = self.metric_for_best_model
@@ -217,6 +219,10 @@ class QATrainingArguments(TrainingArguments):
                 self._n_gpu,
             )
             self._n_gpu = 1  # else the Trainer would make it DataParallel
+
+    def __getstate__(self):
+        # training_args.bin goes to the hub with the model.
+        return {**self.__dict__, "hub_token": None}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -327,7 +333,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         card = model_card(model_args, data_args, training_args, position_type_of(model.config), bare)
         write_text(os.path.join(training_args.output_dir, "README.md"), [card])
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        push_to_hub(trainer)
     if trainer.is_world_process_zero():
         if training_args.do_train:
             write_run_state(training_args, "finished", settings)
@@ -540,6 +546,20 @@ def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoin
         trainer.save_state()
         on_main_process(lambda: write_run_state(training_args, "trained", settings))
     trainer.stop_if_asked()
+
+
+def push_to_hub(trainer: QuestionAnsweringTrainer) -> None:
+    """Sends output_dir, checkpoints aside, to the hub. Raises TrainingError where that fails."""
+    try:
+        trainer.push_to_hub()
+    except Exception as error:  # of any library between here and the hub
+        folder = trainer.args.output_dir
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TrainingError(
+            f"cannot push to the hub: {reason}. All of it stands in {folder}; the same command tries again"
+        ) from error
+    if trainer.is_world_process_zero():
+        logger.info("Pushed to %s on the hub.", trainer.hub_model_id)
 
 
 def plan_training(training_args: QATrainingArguments, settings: dict, restarted: bool) -> tuple[str, str | None]:

@@ -417,8 +417,9 @@ class QuestionAnsweringTrainer(Trainer):
     # ---- Files ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, but never pushes to the hub: that comes once, with the metrics."""
         with self._fail_together(output_dir or self.args.output_dir):
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call=True)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         output_dir = output_dir or self.args.output_dir
@@ -433,6 +434,20 @@ class QuestionAnsweringTrainer(Trainer):
                 os.replace(os.path.join(beside, file), os.path.join(output_dir, file))
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def create_model_card(self, **kwargs) -> None:
+        """Nothing: the Trainer would put a draft of its own in the place of run_squad.py's card."""
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As `Trainer.init_hf_repo`, which comes before training. Raises ValueError where the hub does not let us."""
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # of any library between here and the hub
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"--push_to_hub: cannot make {self.args.hub_model_id or self.args.output_dir} on the hub: {reason}. "
+                "`hf auth login` or --hub_token says who you are"
+            ) from error
 
     def save_state(self) -> None:
         file = os.path.join(self.args.output_dir, "trainer_state.json")

@@ -1,0 +1,168 @@
+"""What leaves the machine: --push_to_hub through a hub on disk, --report_to with the real trackers."""
+
+import importlib.util
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from hub_cache import cache_model
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from tiny import tiny_bert, tiny_questions
+
+import run_squad
+from modeling_relative_bert import RelativeBertForQuestionAnswering
+
+ROOT = Path(run_squad.__file__).parent
+TOKEN = "hf_a-secret-of-the-user"
+
+
+@pytest.fixture
+def command(tmp_path):
+    questions = tiny_questions(tmp_path / "questions.json")
+    argv = ["--model_name_or_path", tiny_bert(tmp_path / "bert", "relative_key"), "--do_train", "--do_eval"]
+    argv += ["--train_file", questions, "--validation_file", questions, "--output_dir", str(tmp_path / "out")]
+    argv += "--max_seq_length 48 --doc_stride 16 --num_train_epochs 1 --logging_steps 1 --use_cpu".split()
+    return argv
+
+
+# ---- The hub ----
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Takes the place of the hub's two calls; `files` is what it was sent, `commits` the messages."""
+    hub = SimpleNamespace(files=tmp_path / "sent", commits=[], error=None)
+
+    def create_repo(api, repo_id, token=None, **kwargs):
+        if token != TOKEN:
+            raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required")
+        return SimpleNamespace(repo_id=f"somebody/{repo_id}")
+
+    def upload_folder(api, run_as_future=False, **kwargs):
+        if not run_as_future:
+            return upload(**kwargs)
+        future = Future()
+        try:
+            future.set_result(upload(**kwargs))
+        except ConnectionError as error:
+            future.set_exception(error)
+        return future
+
+    def upload(repo_id, folder_path, commit_message, token, ignore_patterns, **kwargs):
+        assert (repo_id, token) == ("somebody/my-squad", TOKEN)
+        if hub.error is not None:
+            raise hub.error
+        hub.commits.append(commit_message)
+        paths = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        for path in filter_repo_objects(paths, ignore_patterns=ignore_patterns):
+            (hub.files / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path, path), hub.files / path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    return hub
+
+
+PUSH = ["--push_to_hub", "--hub_model_id", "my-squad"]
+
+
+def test_the_hub_gets_all_that_loads_the_model_and_no_secret(command, hub, tmp_path):
+    run_squad.main([*command, *PUSH, "--hub_token", TOKEN])
+    assert hub.commits == ["Training in progress, step 1", "End of training"]
+    assert not list(hub.files.glob("checkpoint-*"))
+    assert [path for path in hub.files.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()] == []
+    card = ModelCard.load(hub.files / "README.md")
+    assert card.data.model_name == "my-squad"
+    assert {result.metric_type for result in card.data.eval_results} >= {"exact", "f1"}
+    assert card.content == (tmp_path / "out" / "README.md").read_text()
+
+    # The box in the README: with trust_remote_code, by its name, in a process that knows nothing of this repository.
+    cache_model(tmp_path / "cache", "somebody/my-squad", hub.files)
+    code = (
+        "import torch; from transformers import AutoModelForQuestionAnswering as A, AutoTokenizer as T; "
+        "name = 'somebody/my-squad'; m = A.from_pretrained(name, trust_remote_code=True); t = T.from_pretrained(name); "
+        "print(m(**t('who lives ?', 'anna lives in rome .', return_tensors='pt')).start_logits.tolist())"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = RelativeBertForQuestionAnswering.from_pretrained(tmp_path / "out")
+    tokenizer = run_squad.AutoTokenizer.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = model(**tokenizer("who lives ?", "anna lives in rome .", return_tensors="pt")).start_logits
+    assert json.loads(done.stdout) == logits.tolist()
+
+
+def test_a_hub_that_does_not_let_us_is_said_before_training(command, hub, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        run_squad.main([*command, *PUSH])
+    assert exit_status.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("run_squad.py: error: --push_to_hub: cannot make my-squad on the hub: Token is required. ")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_push_that_fails_is_made_up_for_by_the_same_command(command, hub, tmp_path, capsys):
+    hub.error = ConnectionError("no route\nto the hub")
+    with pytest.raises(SystemExit) as exit_status:
+        run_squad.main([*command, *PUSH, "--hub_token", TOKEN])
+    assert exit_status.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == (
+        f"run_squad.py: error: cannot push to the hub: no route to the hub. All of it stands in {tmp_path / 'out'}; "
+        "the same command tries again"
+    )
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    hub.error = None
+    run_squad.main([*command, *PUSH, "--hub_token", TOKEN])
+    assert hub.commits == ["End of training"]
+    assert (hub.files / "model.safetensors").read_bytes() == weights
+    assert "f1" in (hub.files / "README.md").read_text()
+
+
+# ---- Trackers ----
+
+
+def tensorboard_names(folder: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    names = set()
+    for file in (folder / "out" / "runs").rglob("events.*"):
+        names |= set(EventAccumulator(str(file)).Reload().Tags()["scalars"])
+    return names
+
+
+def trackio_names(folder: Path) -> set[str]:
+    (file,) = (folder / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("SELECT run_name, metrics FROM metrics").fetchall()
+    assert {run_name for run_name, _ in rows} == {"out"}, "training and evaluation are one run, named after its folder"
+    return {name for _, metrics in rows for name in json.loads(metrics)}
+
+
+def wandb_names(folder: Path) -> set[str]:
+    (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    return {name for name in ("train/loss", "eval/f1") if name.encode() in content}
+
+
+@pytest.mark.parametrize("names", [tensorboard_names, trackio_names, wandb_names])
+def test_a_tracker_gets_loss_and_metrics(names, command, tmp_path):
+    tracker = names.__name__.removesuffix("_names")
+    if importlib.util.find_spec(tracker) is None:
+        pytest.skip(f"{tracker} is not installed")
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_MODE": "offline"}
+    argv = [sys.executable, ROOT / "run_squad.py", *command, "--report_to", tracker]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert names(tmp_path) >= {"train/loss", "eval/f1"}
