@@ -319,12 +319,12 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     if training_args.do_eval:
         metrics = trainer.evaluate()
         metrics["eval_samples"] = len(features["validation"])
-        trainer.log_metrics("eval", metrics)
+        log_answered("validation", metrics, "eval")
         trainer.save_metrics("eval", metrics)
     if training_args.do_predict:
         predict_metrics = trainer.predict(features["test"], examples["test"])
         predict_metrics["predict_samples"] = len(features["test"])
-        trainer.log_metrics("predict", predict_metrics)
+        log_answered("test", predict_metrics, "predict")
         trainer.save_metrics("predict", predict_metrics)
 
     bare = {name.removeprefix("eval_"): value for name, value in metrics.items()}
@@ -339,7 +339,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
             write_run_state(training_args, "finished", settings)
         if bare:
             print(json.dumps(bare, indent=2), flush=True)
-        logger.info("Everything is in %s.", training_args.output_dir)
+        log_where(training_args)
     trainer.end()
 
 
@@ -431,6 +431,24 @@ def log_summary(model, examples, features, data_args, training_args: QATrainingA
         logger.info("Training: %d steps of %d windows.", steps, batch * accumulated)
     precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
     logger.info("Device: %s, %d process(es), %s.", training_args.device, training_args.world_size, precision)
+
+
+def log_answered(split: str, metrics: dict[str, float], prefix: str) -> None:
+    windows, seconds = metrics[f"{prefix}_samples"], metrics[f"{prefix}_runtime"]
+    scores = "".join(
+        f", {name} {metrics[f'{prefix}_{name}']:.2f}" for name in ("exact", "f1") if f"{prefix}_{name}" in metrics
+    )
+    logger.info("Answered the %s questions: %d windows in %.1f s%s.", split, windows, seconds, scores)
+
+
+def log_where(training_args: QATrainingArguments) -> None:
+    """The last lines of a run: where everything is, and what to do with it."""
+    folder = training_args.output_dir
+    logger.info("Everything is in %s.", folder)
+    if training_args.do_train:
+        logger.info("To ask the model: python scripts/ask.py %s --context_file FILE", folder)
+    if training_args.do_eval:
+        logger.info("To see where it fails: python scripts/report.py %s", folder)
 
 
 # ---- Model and tokenizer ----
@@ -541,7 +559,12 @@ def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoin
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(features)}
         trainer.save_model()
-        trainer.log_metrics("train", metrics)
+        logger.info(
+            "Trained for %.0f s, %.1f windows a second; mean loss %.4g.",
+            metrics["train_runtime"],
+            metrics["train_samples_per_second"],
+            metrics["train_loss"],
+        )
         trainer.save_metrics("train", metrics)
         trainer.save_state()
         on_main_process(lambda: write_run_state(training_args, "trained", settings))
