@@ -534,7 +534,9 @@ class NamedProgress(ProgressCallback):
         shown = {
             name: value
             for name, value in logs.items()
-            if isinstance(value, float) and name not in ("epoch", "total_flos")
+            if isinstance(value, float)
+            and name not in ("epoch", "total_flos")
+            and (not name.startswith("eval_") or name in ("eval_exact", "eval_f1"))
         }
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {numbers}")

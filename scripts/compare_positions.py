@@ -66,7 +66,7 @@ def table(runs: dict[str, list[Run]]) -> str:
     some = next(iter(runs.values()))
     steps = sorted({run.steps for run in some})
     lines = [
-        f"{len(some)} seeds, {steps[0]}{f' to {steps[-1]}' if len(steps) > 1 else ''} steps",
+        f"{len(some)} seed(s), {steps[0]}{f' to {steps[-1]}' if len(steps) > 1 else ''} steps",
         "",
         "| positions | f1 mean | f1 sd | f1 lowest | f1 highest | exact mean |",
         "|---|---|---|---|---|---|",

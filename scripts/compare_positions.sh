@@ -47,10 +47,13 @@ for seed in ${SEEDS:-0 1 2}; do
             --num_train_epochs 1 \
             --per_device_train_batch_size 32 \
             --per_device_eval_batch_size 64 \
-            --learning_rate 1e-3 \
+            --learning_rate 7e-4 \
             --warmup_steps 0.05 \
-            --max_seq_length 64 \
-            --doc_stride 32 \
+            --lr_scheduler_type constant_with_warmup \
+            --adam_beta2 0.98 \
+            --train_sampling_strategy random \
+            --max_seq_length 48 \
+            --doc_stride 24 \
             --logging_steps 200 \
             --eval_strategy steps \
             --eval_steps 200 \

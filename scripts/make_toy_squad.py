@@ -5,8 +5,11 @@ Usage: python scripts/make_toy_squad.py toy_squad [--seed 0]
 A paragraph tells the same two or three kinds of fact about several people, so that every answer has distractors of its
 own kind and only the question says which one is meant:
 
-    Clara married Ivan. Oscar worked as a baker. Clara worked as a singer. Oscar married Nina.
-    What did Clara work as?  ->  singer
+    Clara married Ivan. Hugo studied law. Clara studied music. Hugo married Nina.
+    What did Clara study?  ->  music
+
+A model that starts from nothing has to find out that the name in the question picks the sentence. It finds that out all
+at once, after a time of no progress; few names and short sentences keep that time short.
 
 The folder then holds
 
@@ -29,35 +32,38 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from modeling_relative_bert import POSITION_EMBEDDING_TYPES, RelativeBertForQuestionAnswering  # noqa: E402
 from utils_qa import write_text  # noqa: E402
 
 HELD_OUT_PARAGRAPHS = {"validation": 200, "test": 100}
 PARAGRAPHS_PER_ARTICLE = 20
-LONG_PARAGRAPHS = 0.1  # this share does not fit into one window of the quickstart's max_seq_length
+LONG_PARAGRAPHS = 0.05  # this share does not fit into one window of the quickstart's max_seq_length
 
-PEOPLE = ("Ada Boris Clara David Edith Felix Greta Hugo Ida Karl Laura Martin Nina Oscar Paula Simon").split()
+PEOPLE = "Ada Boris Clara David Edith Felix Greta Hugo".split()
+SPOUSES = (
+    "Alma Bruno Dora Emil Frida Georg Helga Ida Jonas Karl Laura Martin Nina Oscar Paula Ralf Simon Stella Thomas Vera"
+).split()
 PLACES = (
     "Athens Berlin Bombay Boston Cairo Chicago Delhi Dublin Geneva Hanoi Havana Kiev Lagos Lima Lisbon London Lyon "
     "Madrid Milan Moscow Munich Naples Oslo Paris Porto Prague Rome Sofia Tokyo Vienna"
 ).split()
-JOBS = (
-    "baker barber butcher carpenter cook dancer doctor farmer fisher gardener hunter judge lawyer mason miller miner "
-    "nurse painter pilot poet porter printer sailor singer smith soldier tailor teacher weaver writer"
+SUBJECTS = (
+    "algebra anatomy botany dance geology greek history latin law logic medicine music optics painting physics poetry"
 ).split()
 YEARS = [str(year) for year in range(1850, 1890)]
-MONTHS = "January February March April May June July August September October November December".split()
-DATES = [f"{day} {month}" for month in MONTHS for day in range(1, 29)]
+NUMBERS = "two three four five six seven eight nine ten eleven twelve twenty thirty forty".split()
+THINGS = "apples books chairs clocks coats cows hats horses houses lamps maps mirrors pears pigs ships swords".split()
+PURCHASES = [f"{number} {things}" for number in NUMBERS for things in THINGS]
 
 # kind of fact: (sentence, question, answers to choose from)
 FACTS = {
-    "birthplace": ("{person} was born in {answer}.", "Where was {person} born?", PLACES),
-    "move": ("{person} moved to {answer}.", "Where did {person} move to?", PLACES),
-    "job": ("{person} worked as a {answer}.", "What did {person} work as?", JOBS),
-    "marriage": ("{person} married {answer}.", "Who did {person} marry?", PEOPLE),
     "death": ("{person} died in {answer}.", "When did {person} die?", YEARS),
-    "holiday": ("{person} celebrated on {answer}.", "When did {person} celebrate?", DATES),
+    "departure": ("{person} left {answer}.", "Which city did {person} leave?", PLACES),
+    "marriage": ("{person} married {answer}.", "Who did {person} marry?", SPOUSES),
+    "purchase": ("{person} bought {answer}.", "What did {person} buy?", PURCHASES),
+    "study": ("{person} studied {answer}.", "What did {person} study?", SUBJECTS),
+    "visit": ("{person} visited {answer}.", "Where did {person} go?", PLACES),
 }
 
 
@@ -66,11 +72,10 @@ def make_paragraph(rng, paragraph_id):
     is_long = rng.random() < LONG_PARAGRAPHS
     people = rng.sample(PEOPLE, 7 if is_long else rng.choice([2, 3]))
     stranger = people.pop() if is_long else rng.choice([name for name in PEOPLE if name not in people])
-    kinds = rng.sample(sorted(FACTS), rng.choice([2, 3]) if len(people) == 2 else 2)
+    kinds = rng.sample(sorted(FACTS), 3 if is_long else rng.choice([2, 3]) if len(people) == 2 else 2)
     facts = []
     for kind in kinds:
-        choices = [answer for answer in FACTS[kind][2] if answer not in people and answer != stranger]
-        answers = rng.sample(choices, len(people))
+        answers = rng.sample(FACTS[kind][2], len(people))
         facts += [(person, kind, answer) for person, answer in zip(people, answers, strict=True)]
     rng.shuffle(facts)
 
@@ -146,10 +151,10 @@ def train_tokenizer(articles):
 def untrained_model(position_embedding_type, vocab_size):
     config = BertConfig(
         vocab_size=vocab_size,
-        hidden_size=96,
+        hidden_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=192,
+        num_attention_heads=8,
+        intermediate_size=256,
         max_position_embeddings=512,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -158,7 +163,11 @@ def untrained_model(position_embedding_type, vocab_size):
     )
     if position_embedding_type == "absolute":
         return BertForQuestionAnswering(config)
-    return RelativeBertForQuestionAnswering(config)
+    model = RelativeBertForQuestionAnswering(config)
+    for name, parameter in model.named_parameters():
+        if "distance_embedding" in name:
+            torch.nn.init.normal_(parameter)  # as large as the queries and keys, else distances hardly count at first
+    return model
 
 
 def positive(text):

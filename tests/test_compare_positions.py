@@ -32,7 +32,7 @@ def test_a_small_comparison(tmp_path):
     result = compare(str(out), *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
-    assert "1 seeds, 4 steps" in lines
+    assert "1 seed(s), 4 steps" in lines
     for position_type in ("absolute", "relative_key", "relative_key_query"):
         run = out / "seed-3" / position_type
         f1 = json.loads((run / "eval_results.json").read_text())["eval_f1"]
@@ -74,7 +74,7 @@ def test_table_and_picture(tmp_path, capsys):
     compare_positions.main([str(tmp_path)])
     # Mean (40 + 43 + 49) / 3 = 44; deviations -4, -1, 5; standard deviation sqrt((16 + 1 + 25) / 2) = 4.58.
     assert capsys.readouterr().out.splitlines()[:7] == [
-        "3 seeds, 20 to 30 steps",
+        "3 seed(s), 20 to 30 steps",
         "",
         "| positions | f1 mean | f1 sd | f1 lowest | f1 highest | exact mean |",
         "|---|---|---|---|---|---|",

@@ -16,6 +16,18 @@ from data_qa import read_squad_file
 
 ROOT = Path(run_squad.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Commands within a sentence -> the flags and variables that make them small; a new one needs its line here.
+SENTENCES = {
+    "bash scripts/compare_positions.sh": (
+        "--max_steps 4 --eval_steps 2 --max_train_samples 64 --max_eval_samples 10",
+        {"SEEDS": "0", "TRAIN_PARAGRAPHS": "20"},
+    ),
+    "python scripts/benchmark.py attention": ("--sizes base --lengths 32x1 --passes train --repeats 1", {}),
+    "python scripts/benchmark.py data": ("--questions 500 --repeats 1", {}),
+    "python scripts/benchmark.py training --size mini": ("--questions 200 --batches 1 --repeats 1", {}),
+    "python run_squad.py --help": ("", {}),
+    "python run_squad.py arguments.json": ("", {}),
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -35,6 +47,9 @@ def workplace(tmp_path, monkeypatch) -> Path:
         del qa["answers"]
     (tmp_path / "new_questions.json").write_text(json.dumps({"data": [{"paragraphs": [question]}]}))
 
+    arguments = {"model_name_or_path": "squad_model", "dataset_name": "squad", "do_eval": True, "output_dir": "again"}
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+
     hub = tmp_path / "hub"
     squad = read_squad_file(tiny_questions(tmp_path / "squad.json"), cache_dir=str(tmp_path / "cache"))
     cache_dataset(hub, "squad", "plain_text", {"train": squad, "validation": squad})
@@ -49,11 +64,15 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.slow
 def test_every_command_runs_in_order(workplace):
-    commands = blocks("bash")
+    commands = [(command.replace("--nproc_per_node=8", "--nproc_per_node=2"), {}) for command in blocks("bash")]
     assert len(commands) >= 5
-    for command in commands:
-        fewer = command.replace("--nproc_per_node=8", "--nproc_per_node=2")
-        done = subprocess.run(["bash", "-euc", fewer], cwd=workplace, capture_output=True, text=True)
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    found = {" ".join(command.split()) for command in re.findall(r"`((?:python|bash)\s[^`]+)`", text)}
+    assert found == SENTENCES.keys()
+    commands += [(f"{command} {flags}", variables) for command, (flags, variables) in SENTENCES.items()]
+    for command, variables in commands:
+        environment = {**os.environ, **variables}
+        done = subprocess.run(["bash", "-euc", command], cwd=workplace, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, command + done.stderr[-3000:]
     assert json.loads((workplace / "my_answers" / "predict_predictions.json").read_text()).keys() == {"curie-1"}
     for code in blocks("python"):

@@ -9,15 +9,13 @@ from math import ceil
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 from hub_cache import cache_dataset, cache_model
-from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+from tiny import tiny_bert, tiny_questions
 
-from data_qa import EXAMPLE_FEATURES
-from modeling_relative_bert import RelativeBertForQuestionAnswering
+from data_qa import read_squad_file
 
 ROOT = Path(__file__).parent.parent
-TRAIN_QUESTIONS, VALIDATION_QUESTIONS = 24, 7
+TRAIN_QUESTIONS, VALIDATION_QUESTIONS = 24, 6
 
 # recipe -> (position type, train batch, accumulation steps, output_dir, the published text)
 PUBLISHED = {
@@ -88,54 +86,17 @@ torchrun --nproc_per_node=8 ./examples/question-answering/run_squad.py \
 def hub(tmp_path_factory) -> Path:
     """A cache folder with the published names: squad, and untrained BERTs of one layer."""
     root = tmp_path_factory.mktemp("hub")
-    people = "anna boris clara david emil fanny gustav hanna igor julia karl lena".split()
-    places = "athens berlin cairo delhi essen florence geneva hanoi istanbul jakarta".split()
-
-    def questions(split, count):
-        rows = []
-        for i in range(count):
-            person, place = people[i % len(people)], places[i * 7 % len(places)]
-            context = f"In spring {person} went to {place} by train."
-            answers = {"text": [place], "answer_start": [context.index(place)]}
-            question = f"Where did {person} go?"
-            rows.append(
-                {"id": f"{split}-{i}", "title": "", "context": context, "question": question, "answers": answers}
-            )
-        return Dataset.from_list(rows, features=EXAMPLE_FEATURES)
-
-    splits = {"train": questions("train", TRAIN_QUESTIONS), "validation": questions("dev", VALIDATION_QUESTIONS)}
+    splits = {}
+    for split, paragraphs in (("train", TRAIN_QUESTIONS // 2), ("validation", VALIDATION_QUESTIONS // 2)):
+        file = tiny_questions(root / f"{split}.json", paragraphs=paragraphs)
+        splits[split] = read_squad_file(file, cache_dir=str(root / "cache"))
     cache_dataset(root, "squad", "plain_text", splits)
-
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *people,
-        *places,
-        *"in spring went to by train where did go . ?".split(),
-    ]
-    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
     for position_type, name in [
         ("relative_key_query", "zhiheng-huang/bert-base-uncased-embedding-relative-key-query"),
         ("relative_key_query", "zhiheng-huang/bert-large-uncased-whole-word-masking-embedding-relative-key-query"),
         ("absolute", "google-bert/bert-large-uncased-whole-word-masking"),
     ]:
-        config = BertConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=512,
-        )
-        config.position_embedding_type = position_type
-        model_class = BertForQuestionAnswering if position_type == "absolute" else RelativeBertForQuestionAnswering
-        folder = root / "made" / name
-        model_class(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        cache_model(root, name, folder)
+        cache_model(root, name, Path(tiny_bert(root / "made" / name, position_type, max_positions=512)))
     return root
 
 

@@ -284,3 +284,39 @@ def test_help_shows_what_to_do_first_and_every_flag_once(capsys):
     words = " ".join(text.split())
     assert "tokens of a window: question, a part of the context, special tokens. (default: 384)" in words
     assert "by more than this. (default: 0.0)" in words
+
+
+# ---- Screen ----
+
+
+def test_the_screen_of_a_run(inputs, tmp_path):
+    argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(tmp_path / "out"), *QUICK, "--do_train"]
+    argv += ["--do_eval", "--train_file", inputs["train"], "--validation_file", inputs["dev"]]
+    argv += "--logging_steps 2 --eval_strategy steps --eval_steps 3".split()
+    done = subprocess.run([sys.executable, ROOT / "run_squad.py", *argv], capture_output=True, text=True)
+    number = r"[0-9.e+-]+"
+    said = [line[line.index("INFO ") + 5 :] for line in done.stderr.splitlines() if " INFO " in line]
+    for line, pattern in zip(
+        said,
+        [
+            "Model: BertForQuestionAnswering, absolute positions.",
+            "Train: 12 questions, 12 windows.",
+            "Validation: 6 questions, 6 windows.",
+            r"Windows: at most 48 tokens; the next one starts 16 context tokens later \(.*\).",
+            "Training: 3 steps of 4 windows.",
+            r"Device: cpu, 1 process\(es\), float32.",
+            f"Trained for {number} s, {number} windows a second; mean loss {number}.",
+            f"Answered the validation questions: 6 windows in {number} s, exact {number}, f1 {number}.",
+            f"Everything is in {tmp_path / 'out'}.",
+            f"To ask the model: python scripts/ask.py {tmp_path / 'out'} --context_file FILE",
+            f"To see where it fails: python scripts/report.py {tmp_path / 'out'}",
+        ],
+        strict=True,
+    ):
+        assert re.fullmatch(pattern, line), line
+    steps = [line.strip() for line in done.stdout.splitlines() if "step " in line]
+    assert [line.split("  ")[0] for line in steps] == ["step 2/3", "step 3/3"]
+    assert re.fullmatch(rf"step 2/3  epoch 0.67  loss {number}  grad_norm {number}  learning_rate {number}", steps[0])
+    assert re.fullmatch(rf"step 3/3  epoch 1.00  eval_exact {number}  eval_f1 {number}", steps[1])
+    assert {bar for bar in ("Training", "Answering") if f"{bar}: 100%" in done.stderr} == {"Training", "Answering"}
+    assert "Warning" not in done.stderr and done.stdout.count('"f1"') == 1

@@ -103,16 +103,16 @@ def test_an_answer_is_told_of_the_one_who_is_asked_about_and_of_nobody_else(toy,
     """Reads the text with patterns of its own: subject and verb of the question find one sentence, or none."""
     verbs = {
         "die": "died in",
-        "work": "worked as a",
+        "leave": "left",
         "marry": "married",
-        "move": "moved to",
-        "celebrate": "celebrated on",
-        "born": "was born in",
+        "buy": "bought",
+        "study": "studied",
+        "go": "visited",
     }
     for paragraph in paragraphs_of(toy, split):
         for qa in paragraph["qas"]:
-            (verb,) = (told for asked, told in verbs.items() if asked in qa["question"])
-            (person,) = re.findall(r"(?:did|was) (\w+)", qa["question"])
+            person, asked = re.fullmatch(r".* did (\w+) (\w+)\?", qa["question"]).groups()
+            verb = verbs[asked]
             told = re.findall(rf"\b{person} {verb} ([^.]+)\.", paragraph["context"])
             assert told == [answer["text"] for answer in qa["answers"]], qa["id"]
             assert qa["is_impossible"] == (not told)
