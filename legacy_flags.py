@@ -457,16 +457,21 @@ def make_parser(dataclass_types: Iterable[type], first: Iterable[str] = (), **se
     return parser
 
 
-def nearest_flag_error(unknown: list[str], known: Iterable[str]) -> str:
-    """One line about the arguments that the parser left over (`unknown`, with their values): each unknown flag and the
-    nearest spelling in `known` (names with or without leading dashes) or among the old flags that are still taken."""
-    names = {name.lstrip("-").replace("-", "_") for name in known}
+def refuse_unknown_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Raises ValueError, in one line, for flags in `argv` (as `translate_flags` returns it) that the parser does not
+    know: each with the nearest spelling among those that it knows and the old flags that are still taken.
+
+    To be asked before the parser, which would first complain of what is missing because it was misspelt.
+    """
+    known = parser._option_string_actions.keys()
+    names = {flag.lstrip("-").replace("-", "_") for flag in known if flag.startswith("--")}
     names |= {name for name, fate in OLD_FLAGS.items() if not isinstance(fate, Refused)}
     complaints = []
-    for name, values, _ in split_flags(unknown):
+    for name, values, tokens in split_flags(argv):
         if not name:
-            complaints += [f"unexpected argument {value!r}" for value in values]
-            continue
-        near = difflib.get_close_matches(name, sorted(names), n=1)
-        complaints.append(f"unknown flag --{name}" + (f" (nearest: --{near[0]})" if near else ""))
-    return "; ".join(complaints)
+            complaints += [f"unexpected argument {value!r}" for value in values if value not in known]
+        elif tokens[0].partition("=")[0] not in known:
+            near = difflib.get_close_matches(name, sorted(names), n=1)
+            complaints.append(f"unknown flag --{name}" + (f" (nearest: --{near[0]})" if near else ""))
+    if complaints:
+        raise ValueError("; ".join(complaints))

@@ -25,19 +25,32 @@ LEFT_OUT = """
 """.split()
 
 
-def model_card(model_args, data_args, training_args, position_embedding_type: str, metrics: dict[str, float]) -> str:
-    """The card's text: base model, dataset, position type, flags, metrics (bare names, percent), library versions."""
-    name = training_args.hub_model_id or os.path.basename(os.path.normpath(training_args.output_dir))
+def model_card(
+    model_args,
+    data_args,
+    training_args,
+    position_embedding_type: str,
+    metrics: dict[str, float],
+    hub_model_id: str | None = None,
+) -> str:
+    """The card's text: base model, dataset, position type, flags, metrics (bare names, percent), library versions.
+
+    `hub_model_id`: the model's whole name on the hub, where it goes there.
+    """
+    name = hub_model_id or os.path.basename(os.path.normpath(training_args.output_dir))
     base = model_args.model_name_or_path
-    dataset = data_args.dataset_name or os.path.basename(data_args.train_file)
-    on_hub = data_args.dataset_name is not None
+    # A file takes the place of the dataset's split.
+    train_set, eval_set = (
+        os.path.basename(file) if file else data_args.dataset_name
+        for file in (data_args.train_file, data_args.validation_file)
+    )
     relative = position_embedding_type != "absolute"
     trust = ", trust_remote_code=True" if relative else ""
     results = [
         EvalResult(
             task_type="question-answering",
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=eval_set,
+            dataset_name=eval_set,
             metric_type=metric,
             metric_name=title,
             metric_value=round(metrics[metric], 4),
@@ -48,7 +61,7 @@ def model_card(model_args, data_args, training_args, position_embedding_type: st
     metadata = ModelCardData(
         model_name=name,
         base_model=None if os.path.isdir(base) else base,
-        datasets=[dataset] if on_hub else None,
+        datasets=None if data_args.train_file else [train_set],
         library_name="transformers",
         pipeline_tag="question-answering",
         tags=["bert-squad", position_embedding_type] if relative else ["bert-squad"],
@@ -62,7 +75,7 @@ def model_card(model_args, data_args, training_args, position_embedding_type: st
         f"# {name}",
         "",
         f"{os.path.basename(os.path.normpath(base)) if os.path.isdir(base) else base}, fine-tuned for extractive "
-        f"question answering on {dataset}, with {position_embedding_type} position embeddings.",
+        f"question answering on {train_set}, with {position_embedding_type} position embeddings.",
         "",
         "## Use",
         "",
@@ -80,7 +93,7 @@ def model_card(model_args, data_args, training_args, position_embedding_type: st
             "that were never trained, and the answers are wrong. transformers 4 needs no such argument.",
         ]
     if results:
-        lines += ["", "## Results", "", "| metric | value |", "|---|---|"]
+        lines += ["", "## Results", "", f"On {eval_set}:", "", "| metric | value |", "|---|---|"]
         lines += [f"| {result.metric_name} | {result.metric_value:.2f} |" for result in results]
         if "total" in metrics:
             lines += [f"| Questions | {metrics['total']:.0f} |"]

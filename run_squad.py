@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import TrainerState
@@ -31,7 +33,7 @@ from data_qa import (
     make_features,
     make_train_features,
 )
-from legacy_flags import flags_from_json, make_parser, nearest_flag_error, translate_flags
+from legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, translate_flags
 from model_card import model_card
 from modeling_relative_bert import (
     POSITION_EMBEDDING_TYPES,
@@ -47,7 +49,9 @@ from trainer_qa import (
     checkpoint_to_resume,
     meet_after_restart,
     on_main_process,
+    one_line,
     remove_checkpoints,
+    same_command,
     was_restarted,
 )
 from utils_qa import postprocess_qa_predictions, squad_scores, write_json, write_predictions, write_text
@@ -62,6 +66,10 @@ METRIC_NAMES = """
 WHAT_TO_DO = """
     do_train do_eval do_predict output_dir overwrite_output_dir resume_from_checkpoint max_nonfinite_steps
 """.split()
+OUT_OF_MEMORY = (
+    "Halve --per_device_train_batch_size and double --gradient_accumulation_steps (in evaluation halve "
+    "--per_device_eval_batch_size), or try --gradient_checkpointing, --bf16 or a smaller --max_seq_length"
+)
 RUN_STATE = "run_state.json"  # how far the run in an output_dir has come: training, trained or finished
 # How questions become answers and which were evaluated, so that ask.py and report.py need not be told again.
 QA_SETTINGS = "qa_settings.json"
@@ -195,6 +203,9 @@ class QATrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.output_dir is None:
             raise ValueError("--output_dir is missing: name the folder that the model and the results go to")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, must be at least 1")
         if not torch.accelerator.is_available():
             # Unset, every process under torchrun would be a world of its own and train alone into the same folder.
             self.use_cpu = True
@@ -232,10 +243,13 @@ def main(argv: list[str] | None = None) -> None:
         _exit(f"{stopped}.", stopped.exit_status)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
-    except (ValueError, OSError, TrainingError) as error:
-        if os.environ.get("RUN_SQUAD_DEBUG"):
+    except (ValueError, OSError, TrainingError, ImportError, RuntimeError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+        if os.environ.get("RUN_SQUAD_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        _exit(f"error: {error}", 2 if isinstance(error, ValueError) else 1)
+        if out_of_memory:
+            _exit(f"error: {one_line(error)}. {OUT_OF_MEMORY}", 1, any_process=True)
+        _exit(f"error: {one_line(error)}", 2 if isinstance(error, ValueError) else 1)
 
 
 def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
@@ -330,7 +344,9 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     bare = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     bare = {name: bare[name] for name in METRIC_NAMES if name in bare}
     if training_args.do_train and trainer.is_world_process_zero():
-        card = model_card(model_args, data_args, training_args, position_type_of(model.config), bare)
+        card = model_card(
+            model_args, data_args, training_args, position_type_of(model.config), bare, trainer.hub_model_id
+        )
         write_text(os.path.join(training_args.output_dir, "README.md"), [card])
     if training_args.push_to_hub:
         push_to_hub(trainer)
@@ -361,13 +377,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
         usage="%(prog)s --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",
         description=__doc__.split("\n")[0],
     )
-    *arguments, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        raise ValueError(nearest_flag_error(unknown, known))
-    model_args, data_args, training_args = arguments
+    refuse_unknown_flags(parser, argv)
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     set_up_logging(training_args)
     for notice in notices:
         logger.info(notice)
@@ -424,7 +435,13 @@ def log_summary(model, examples, features, data_args, training_args: QATrainingA
     if training_args.do_train:
         batch = training_args.train_batch_size * training_args.world_size
         accumulated = training_args.gradient_accumulation_steps
-        steps_per_epoch = math.ceil(math.ceil(len(features["train"]) / batch) / accumulated)
+        batches = len(features["train"]) / batch
+        batches = math.floor(batches) if training_args.dataloader_drop_last else math.ceil(batches)
+        if batches == 0:
+            raise ValueError(
+                f"--dataloader_drop_last leaves nothing of {len(features['train'])} windows in batches of {batch}"
+            )
+        steps_per_epoch = math.ceil(batches / accumulated)
         steps = training_args.max_steps
         if steps <= 0:
             steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
@@ -486,7 +503,10 @@ def load_model(model_args: ModelArguments, config, folder: str | None = None):
     absolute = position_type_of(config) == "absolute"
     model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
     name = folder or model_args.model_name_or_path
-    model, info = _from_hub(model_class, name, model_args, "a model", config=config, output_loading_info=True)
+    # float32 whatever the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
+    model, info = _from_hub(
+        model_class, name, model_args, "a model", config=config, output_loading_info=True, dtype=torch.float32
+    )
     if info["missing_keys"]:
         logger.info("New parameters, not in %s: %s.", name, ", ".join(sorted(info["missing_keys"])))
     return model
@@ -512,8 +532,8 @@ def _from_hub(auto_class, name, model_args: ModelArguments, what: str, **kwargs)
             trust_remote_code=model_args.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {what} from {name}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load {what} from {name}: {one_line(error)}") from error
 
 
 # ---- Data ----
@@ -576,10 +596,9 @@ def push_to_hub(trainer: QuestionAnsweringTrainer) -> None:
     try:
         trainer.push_to_hub()
     except Exception as error:  # of any library between here and the hub
-        folder = trainer.args.output_dir
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise TrainingError(
-            f"cannot push to the hub: {reason}. All of it stands in {folder}; the same command tries again"
+            f"cannot push to the hub: {one_line(error)}. All of it stands in {trainer.args.output_dir}; "
+            f"{same_command(trainer.args.overwrite_output_dir)} tries again"
         ) from error
     if trainer.is_world_process_zero():
         logger.info("Pushed to %s on the hub.", trainer.hub_model_id)
@@ -661,8 +680,8 @@ def write_run_state(training_args: QATrainingArguments, status: str, settings: d
     write_json(run_state_file(training_args), {"status": status, "settings": settings})
 
 
-def _exit(message: str, status: int) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+def _exit(message: str, status: int, any_process: bool = False) -> None:
+    if any_process or int(os.environ.get("RANK", "0")) == 0:
         print(f"run_squad.py: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from modeling_relative_bert import rename_extra_special_tokens
@@ -42,10 +43,9 @@ class TrainingStopped(Exception):
     """Training was asked to stop by a signal; what it came to stands whole in `folder`."""
 
     def __init__(self, signal_number: int, folder: str, overwrite_output_dir: bool):
-        command = "the same command, without --overwrite_output_dir," if overwrite_output_dir else "the same command"
         super().__init__(
-            f"stopped by {signal.Signals(signal_number).name}; the run so far stands in {folder}. Give {command} again "
-            "to go on"
+            f"stopped by {signal.Signals(signal_number).name}; the run so far stands in {folder}. Give "
+            f"{same_command(overwrite_output_dir)} again to go on"
         )
         self.exit_status = 128 + signal_number
 
@@ -100,6 +100,10 @@ class QuestionAnsweringTrainer(Trainer):
         self._grad_norm: torch.Tensor | float | None = None
         self._resumed_from: str | None = None
         self.add_callback(RunGuard(self))
+        for tracker, callback_class in INTEGRATION_TO_CALLBACK.items():
+            for callback in self.callback_handler.callbacks:
+                if type(callback) is callback_class and hasattr(callback, "setup"):
+                    callback.setup = functools.partial(_set_up_tracker, tracker, callback.setup)
         if self.pop_callback(ProgressCallback):  # there is none with --disable_tqdm
             self.add_callback(NamedProgress)
 
@@ -443,10 +447,9 @@ class QuestionAnsweringTrainer(Trainer):
         try:
             super().init_hf_repo(token, private)
         except Exception as error:  # of any library between here and the hub
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"--push_to_hub: cannot make {self.args.hub_model_id or self.args.output_dir} on the hub: {reason}. "
-                "`hf auth login` or --hub_token says who you are"
+                f"--push_to_hub: cannot make {self.args.hub_model_id or self.args.output_dir} on the hub: "
+                f"{one_line(error)}. `hf auth login` or --hub_token says who you are"
             ) from error
 
     def save_state(self) -> None:
@@ -529,7 +532,7 @@ class NamedProgress(ProgressCallback):
             self.prediction_bar.set_description("Answering")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or "train_runtime" in logs:  # the sums of the run are printed as a table
+        if self.training_bar is None or "train_runtime" in logs:  # run_squad.py says the sums of the run
             return
         shown = {
             name: value
@@ -540,6 +543,14 @@ class NamedProgress(ProgressCallback):
         }
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {numbers}")
+
+
+def _set_up_tracker(tracker: str, setup: Callable, *args, **kwargs) -> None:
+    """Raises ValueError in one line where the tracker does not let us in, such as without a login."""
+    try:
+        setup(*args, **kwargs)
+    except Exception as error:  # of a library of its own
+        raise ValueError(f"--report_to {tracker}: {one_line(error)}") from error
 
 
 def whole_checkpoints(output_dir: str | os.PathLike) -> list[str]:
@@ -697,6 +708,15 @@ def on_main_process(function: Callable):
 
 def _mark(checkpoint: str) -> dict:
     return json.loads(Path(checkpoint, WHOLE_CHECKPOINT).read_text(encoding="utf-8"))
+
+
+def same_command(overwrite_output_dir: bool) -> str:
+    """How to say "the same command" where it is to go on with what stands in output_dir."""
+    return "the same command, without --overwrite_output_dir," if overwrite_output_dir else "the same command"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _first_line(error: Exception) -> str:

@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets  # noqa: E402
 import transformers  # noqa: E402
+from huggingface_hub import hf_hub_download  # noqa: E402
+from huggingface_hub.errors import EntryNotFoundError  # noqa: E402
 
 import run_squad  # noqa: E402
 from data_qa import QADataCollator, WindowSettings, make_features  # noqa: E402
@@ -194,13 +196,29 @@ def load(model_dir: str):
     return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
 
 
+def settings_of(model_dir: str) -> dict:
+    """What run_squad.py has left in the folder, in the run's folder for one of its checkpoints, or on the hub."""
+    folder = Path(model_dir)
+    if folder.is_dir() and folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    file = folder / run_squad.QA_SETTINGS
+    if not folder.is_dir():
+        with contextlib.suppress(EntryNotFoundError):
+            file = Path(hf_hub_download(model_dir, run_squad.QA_SETTINGS))
+    if not file.exists():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: holds a {type(values).__name__}, not one JSON object")
+    return values
+
+
 def answer_settings(args: argparse.Namespace) -> AnswerSettings:
     """Flags before what run_squad.py has left with the model, before its defaults."""
-    values, folder = {}, Path(args.model_dir)
-    if folder.name.startswith("checkpoint-"):
-        folder = folder.parent
-    if (folder / run_squad.QA_SETTINGS).exists():
-        values = json.loads((folder / run_squad.QA_SETTINGS).read_text(encoding="utf-8"))
+    values = settings_of(args.model_dir)
     defaults = run_squad.DataTrainingArguments()
 
     def setting(name):

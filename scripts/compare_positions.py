@@ -1,8 +1,8 @@
 """The table and the picture of compare_positions.sh.
 
-    python scripts/compare_positions.py OUTPUT_DIR
+    python scripts/compare_positions.py OUTPUT_DIR SEED ...
 
-reads OUTPUT_DIR/seed-*/{absolute,relative_key,relative_key_query}, prints the table and writes f1_over_steps.png there.
+reads OUTPUT_DIR/seed-SEED/{absolute,relative_key,relative_key_query}, prints the table and writes f1_over_steps.png.
 """
 
 import json
@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+try:
+    import matplotlib
+except ImportError:
+    print("compare_positions: error: matplotlib is missing: python -m pip install matplotlib", file=sys.stderr)
+    sys.exit(2)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -27,11 +31,11 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        sys.exit("usage: compare_positions.py OUTPUT_DIR")
+    if len(argv) < 2:
+        sys.exit("usage: compare_positions.py OUTPUT_DIR SEED ...")
     output_dir = Path(argv[0])
     try:
-        runs = read_runs(output_dir)
+        runs = read_runs(output_dir, argv[1:])
     except ValueError as error:
         print(f"compare_positions.py: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -40,13 +44,11 @@ def main(argv: list[str]) -> None:
     print(f"\nf1 over steps: {output_dir / 'f1_over_steps.png'}")
 
 
-def read_runs(output_dir: Path) -> dict[str, list[Run]]:
+def read_runs(output_dir: Path, seeds: list[str]) -> dict[str, list[Run]]:
     """The runs of each position type, by seed. Raises ValueError where one is missing or had another budget."""
     runs = {position_type: [] for position_type in POSITION_TYPES}
-    seeds = sorted(output_dir.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
-    if not seeds:
-        raise ValueError(f"{output_dir} holds no seed-*: run compare_positions.sh first")
-    for seed in seeds:  # each has paragraphs of its own, and so a few steps more or less
+    for seed in (output_dir / f"seed-{number}" for number in seeds):
+        # each has paragraphs of its own, and so a few steps more or less
         for position_type in POSITION_TYPES:
             results, state = seed / position_type / "eval_results.json", seed / position_type / "trainer_state.json"
             if not (results.exists() and state.exists()):

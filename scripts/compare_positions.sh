@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the three position types on the toy SQuAD at the same budget, and compares them: a table of f1, and a picture
-# of f1 over steps. A seed decides the paragraphs, the first weights and the order of training. About half an hour on
+# of f1 over steps. A seed decides the paragraphs, the first weights and the order of training. About twenty minutes on
 # 2 cores; a comparison that was interrupted goes on with the same command.
 #
 #   bash scripts/compare_positions.sh [OUTPUT_DIR] [flags of run_squad.py]
@@ -13,22 +13,21 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     output_dir="$1"
     shift
 fi
-python -c "import matplotlib" 2>/dev/null || {
-    echo "compare_positions.sh: error: matplotlib is missing: python -m pip install matplotlib" >&2
-    exit 2
-}
+PYTHONPATH="$root/scripts:${PYTHONPATH:-}" python -c "import compare_positions" # is matplotlib there?
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 mkdir -p "$output_dir"
 budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "$@")"
-if [[ -f $output_dir/budget.txt && $(cat "$output_dir/budget.txt") != "$budget" ]]; then
+begun=("$output_dir"/seed-*/*/run_state.json)
+if [[ -f ${begun[0]} && $(cat "$output_dir/budget.txt") != "$budget" ]]; then
     echo "compare_positions.sh: error: $output_dir holds a comparison with other flags: name another folder" >&2
     exit 2
 fi
 printf '%s\n' "$budget" >"$output_dir/budget.txt"
 
-for seed in ${SEEDS:-0 1 2}; do
-    toy_squad="$output_dir/seed-$seed/toy_squad"
+seeds="${SEEDS:-0 1 2}"
+for seed in $seeds; do
+    toy_squad="$output_dir/seed-$seed/toy_squad_${TRAIN_PARAGRAPHS:-10000}"
     if [[ ! -f $toy_squad/relative_key_query/tokenizer_config.json ]]; then # the last file of it
         python "$root/scripts/make_toy_squad.py" "$toy_squad" \
             --seed "$seed" --train_paragraphs "${TRAIN_PARAGRAPHS:-10000}"
@@ -63,4 +62,5 @@ for seed in ${SEEDS:-0 1 2}; do
             "$@"
     done
 done
-python "$root/scripts/compare_positions.py" "$output_dir"
+# shellcheck disable=SC2086
+python "$root/scripts/compare_positions.py" "$output_dir" $seeds

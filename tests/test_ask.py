@@ -183,6 +183,9 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
     shutil.copytree(models["absolute"], tmp_path / "no_head")
     config = json.loads((tmp_path / "no_head" / "config.json").read_text())
     (tmp_path / "no_head" / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    for name, content in (("not_json", "{"), ("list", "[]")):
+        shutil.copytree(models["absolute"], tmp_path / name)
+        (tmp_path / name / "qa_settings.json").write_text(content)
     question = ["--question", "who ?"]
     text = ["--context_file", text_file]
     for argv, message in [
@@ -198,6 +201,8 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
         ([model, *text, *question], "--max_seq_length is 384, but the model has positions for 64"),
         ([model, *text, *question, "--max_seq_length", "24", "--doc_stride", "24"], "--doc_stride 24 would leave"),
         ([model, *text, *question, *WINDOWS, "--n_best_size", "0"], "--n_best_size is 0"),
+        ([str(tmp_path / "not_json"), *text, *question], "qa_settings.json: is not JSON"),
+        ([str(tmp_path / "list"), *text, *question], "qa_settings.json: holds a list, not one JSON object"),
         ([model, *text, *question, "--n_best_size", "x"], "--n_best_size: invalid int value: 'x'"),
     ]:
         capsys.readouterr()

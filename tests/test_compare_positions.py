@@ -29,6 +29,8 @@ def compare(*argv: str, **variables: str) -> subprocess.CompletedProcess:
 
 def test_a_small_comparison(tmp_path):
     out = tmp_path / "out"
+    refused = compare(str(out), *SMALL, "--max_stepz", "4")
+    assert refused.returncode == 2 and "(nearest: --max_steps)" in refused.stderr
     result = compare(str(out), *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
@@ -47,6 +49,9 @@ def test_a_small_comparison(tmp_path):
     again = compare(str(out), *SMALL)
     assert again.returncode == 0 and again.stdout.splitlines()[-6:] == lines[-6:]
     assert (out / "seed-3" / "absolute" / "model.safetensors").stat().st_mtime_ns == trained
+    # Another seed's leftovers are no part of this comparison.
+    (out / "seed-4").mkdir()
+    assert compare(str(out), *SMALL).stdout.splitlines()[-6:] == lines[-6:]
     refused = compare(str(out), *SMALL, "--learning_rate", "1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "holds a comparison with other flags" in refused.stderr
@@ -55,7 +60,7 @@ def test_a_small_comparison(tmp_path):
 def test_matplotlib_is_asked_for_in_one_line(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     result = compare(str(tmp_path / "out"), *SMALL, PYTHONPATH=str(tmp_path))
-    message = "compare_positions.sh: error: matplotlib is missing: python -m pip install matplotlib\n"
+    message = "compare_positions: error: matplotlib is missing: python -m pip install matplotlib\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
     assert not (tmp_path / "out").exists()
 
@@ -71,7 +76,7 @@ def test_table_and_picture(tmp_path, capsys):
     for seed, f1 in [(0, 40.0), (2, 43.0), (10, 49.0)]:
         for shift, position_type in enumerate(compare_positions.POSITION_TYPES):
             write_run(tmp_path / f"seed-{seed}" / position_type, f1 + 10 * shift, steps=20 + seed)
-    compare_positions.main([str(tmp_path)])
+    compare_positions.main([str(tmp_path), "0", "2", "10"])
     # Mean (40 + 43 + 49) / 3 = 44; deviations -4, -1, 5; standard deviation sqrt((16 + 1 + 25) / 2) = 4.58.
     assert capsys.readouterr().out.splitlines()[:7] == [
         "3 seed(s), 20 to 30 steps",
@@ -83,17 +88,21 @@ def test_table_and_picture(tmp_path, capsys):
         "| relative_key_query | 64.00 | 4.58 | 60.00 | 69.00 | 54.00 |",
     ]
     assert (tmp_path / "f1_over_steps.png").read_bytes().startswith(b"\x89PNG")
-    assert compare_positions.read_runs(tmp_path)["absolute"][2].curve == {10: 24.5, 20: 49.0, 30: 49.0}
+    runs = compare_positions.read_runs(tmp_path, ["0", "2", "10"])
+    assert runs["absolute"][2].curve == {
+        10: 24.5,
+        20: 49.0,
+        30: 49.0,
+    }
 
 
 def test_runs_that_cannot_be_compared(tmp_path, capsys):
     def refusal() -> str:
         with pytest.raises(SystemExit) as exit_status:
-            compare_positions.main([str(tmp_path)])
+            compare_positions.main([str(tmp_path), "0"])
         assert exit_status.value.code == 2
         return capsys.readouterr().err
 
-    assert "holds no seed-*" in refusal()
     for position_type in ("absolute", "relative_key"):
         write_run(tmp_path / "seed-0" / position_type, 50.0)
     assert "seed-0/relative_key_query holds no finished run" in refusal()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -18,6 +19,7 @@ from hub_cache import cache_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from tiny import tiny_bert, tiny_questions
+from transformers.integrations import TrackioCallback
 
 import run_squad
 from modeling_relative_bert import RelativeBertForQuestionAnswering
@@ -77,22 +79,22 @@ PUSH = ["--push_to_hub", "--hub_model_id", "my-squad"]
 
 
 def test_the_hub_gets_all_that_loads_the_model_and_no_secret(command, hub, tmp_path):
-    run_squad.main([*command, *PUSH, "--hub_token", TOKEN])
+    run_squad.main([*command, *PUSH, "--hub_token", TOKEN, "--n_best_size", "3"])
     assert hub.commits == ["Training in progress, step 1", "End of training"]
     assert not list(hub.files.glob("checkpoint-*"))
     assert [path for path in hub.files.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()] == []
     card = ModelCard.load(hub.files / "README.md")
-    assert card.data.model_name == "my-squad"
+    assert card.data.model_name == "somebody/my-squad"
     assert {result.metric_type for result in card.data.eval_results} >= {"exact", "f1"}
     assert card.content == (tmp_path / "out" / "README.md").read_text()
 
-    # The box in the README: with trust_remote_code, by its name, in a process that knows nothing of this repository.
+    # The card's own code, in a process that knows nothing of this repository.
     cache_model(tmp_path / "cache", "somebody/my-squad", hub.files)
-    code = (
-        "import torch; from transformers import AutoModelForQuestionAnswering as A, AutoTokenizer as T; "
-        "name = 'somebody/my-squad'; m = A.from_pretrained(name, trust_remote_code=True); t = T.from_pretrained(name); "
-        "print(m(**t('who lives ?', 'anna lives in rome .', return_tensors='pt')).start_logits.tolist())"
-    )
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.MULTILINE | re.DOTALL)
+    code += """
+inputs = tokenizer("who lives ?", "anna lives in rome .", return_tensors="pt")
+print(model(**inputs).start_logits.tolist())
+"""
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -101,6 +103,12 @@ def test_the_hub_gets_all_that_loads_the_model_and_no_secret(command, hub, tmp_p
     with torch.no_grad():
         logits = model(**tokenizer("who lives ?", "anna lives in rome .", return_tensors="pt")).start_logits
     assert json.loads(done.stdout) == logits.tolist()
+
+    # ask.py takes the hub's name too, and the settings that came with the model.
+    ask = [sys.executable, ROOT / "scripts" / "ask.py", "somebody/my-squad", "--question", "who lives ?", "--json"]
+    done = subprocess.run(ask, env=environment, input="anna lives in rome .", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads(done.stdout)["n_best"]) == 3
 
 
 def test_a_hub_that_does_not_let_us_is_said_before_training(command, hub, tmp_path, capsys):
@@ -166,3 +174,19 @@ def test_a_tracker_gets_loss_and_metrics(names, command, tmp_path):
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert names(tmp_path) >= {"train/loss", "eval/f1"}
+
+
+def test_a_tracker_that_does_not_let_us_in_is_one_line_before_training(command, tmp_path, capsys, monkeypatch):
+    def setup(*args, **kwargs):
+        raise RuntimeError("No API key\nconfigured")
+
+    monkeypatch.setattr(TrackioCallback, "__init__", lambda self: None)
+    monkeypatch.setattr(TrackioCallback, "setup", setup)
+    monkeypatch.setattr(TrackioCallback, "_initialized", False, raising=False)
+    monkeypatch.setattr(run_squad, "get_available_reporting_integrations", lambda: ["trackio"])
+    with pytest.raises(SystemExit) as exit_status:
+        run_squad.main([*command, "--report_to", "trackio"])
+    assert exit_status.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == "run_squad.py: error: --report_to trackio: No API key configured"
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -42,7 +42,6 @@ def workplace(tmp_path, monkeypatch) -> Path:
     (own_file,) = blocks("json")
     (tmp_path / "my_questions.json").write_text(own_file)
     question = json.loads(own_file)["data"][0]["paragraphs"][0]
-    (tmp_path / "curie.txt").write_text(question["context"])
     for qa in question["qas"]:
         del qa["answers"]
     (tmp_path / "new_questions.json").write_text(json.dumps({"data": [{"paragraphs": [question]}]}))
@@ -53,7 +52,8 @@ def workplace(tmp_path, monkeypatch) -> Path:
     hub = tmp_path / "hub"
     squad = read_squad_file(tiny_questions(tmp_path / "squad.json"), cache_dir=str(tmp_path / "cache"))
     cache_dataset(hub, "squad", "plain_text", {"train": squad, "validation": squad})
-    for name in set(re.findall(r"--model_name_or_path (\S+/\S+)", "".join(blocks("bash")))):
+    recipes = "".join(path.read_text() for path in (ROOT / "scripts").glob("train_*.sh"))
+    for name in set(re.findall(r"--model_name_or_path (\w[\w.-]*/[\w.-]+)", README + recipes)):
         position_type = "relative_key_query" if "relative" in name else "absolute"
         cache_model(hub, name, Path(tiny_bert(tmp_path / "made" / name, position_type, max_positions=512)))
     monkeypatch.setenv("HF_HOME", str(hub))
@@ -77,6 +77,25 @@ def test_every_command_runs_in_order(workplace):
     assert json.loads((workplace / "my_answers" / "predict_predictions.json").read_text()).keys() == {"curie-1"}
     for code in blocks("python"):
         subprocess.run([sys.executable, "-c", code], cwd=workplace, check=True, capture_output=True)
+
+
+def recipe_commands() -> list[str]:
+    """The commands that the table of published results names, each with an output_dir of its own."""
+    commands, recipe = [], None
+    for named, with_ in re.findall(r"^\| (?:`(scripts/\S+)`|the same with `([^`]+)`) \|", README, flags=re.MULTILINE):
+        recipe = named or recipe
+        variable, flags = (with_, "") if with_.startswith("NPROC_PER_NODE") else ("NPROC_PER_NODE=2", with_)
+        commands.append(f"{variable} {recipe} {flags} --output_dir recipe_{len(commands)}")
+    return commands
+
+
+@pytest.mark.slow
+def test_every_recipe_of_the_table_runs(workplace):
+    commands = recipe_commands()
+    assert len(commands) == len(re.findall(r"^\| .*(?:exact|f1) \d+\.\d+.* \| no \|$", README, flags=re.MULTILINE)) == 6
+    for command in commands:
+        done = subprocess.run(["bash", "-euc", command], cwd=workplace, capture_output=True, text=True)
+        assert done.returncode == 0, command + done.stderr[-3000:]
 
 
 def test_every_flag_and_file_exists():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from tiny import tiny_bert, tiny_questions
 from transformers import RobertaConfig, RobertaForQuestionAnswering
 
 import run_squad
+from data_qa import read_squad_file
+from modeling_relative_bert import RelativeBertForQuestionAnswering
 
 ROOT = Path(run_squad.__file__).parent
 GROUPS = (run_squad.ModelArguments, run_squad.DataTrainingArguments, run_squad.QATrainingArguments)
@@ -188,6 +191,14 @@ def test_relative_positions_start_from_an_absolute_checkpoint(inputs, caplog):
         ("--do_eval --validation_file {dev} --position_embedding_type sinus", ["position_embedding_type", "sinus"]),
         ("--do_eval --validation_file {dev} --n_best_size 0", ["--n_best_size", "0"]),
         ("--do_eval --validation_file {dev} --max_seq_lenght 40", ["--max_seq_lenght", "--max_seq_length"]),
+        ("--do_eval --validation_file {dev} --load_best_model_at_end --eval_strateg steps",
+         ["(nearest: --eval_strategy)"]),
+        ("--do_eval --validation_file {dev} --load_best_model_at_end", ["--load_best_model_at_end requires"]),
+        ("--do_eval --validation_file {dev} --tokenizer_nam {absolute}", ["(nearest: --tokenizer_name)"]),
+        ("--do_eval --validation_file {dev} --per_device_train_batch_size 0", ["--per_device_train_batch_size is 0"]),
+        ("--do_eval --validation_file {dev} --gradient_accumulation_steps 0", ["--gradient_accumulation_steps is 0"]),
+        ("--do_train --train_file {train} --dataloader_drop_last --per_device_train_batch_size 13",
+         ["--dataloader_drop_last leaves nothing of 12 windows in batches of 13"]),
         ("--do_eval --validation_file {dev} --lang_id 3", ["--lang_id"]),
         ("--do_eval --validation_file {dev} --enable_jit_checkpoint", ["--enable_jit_checkpoint"]),
         ("--do_eval --validation_file {dev} --load_best_model_at_end --eval_strategy steps --eval_steps 9 "
@@ -215,6 +226,69 @@ def test_bad_input_is_one_line_before_training(inputs, tmp_path, capsys, flags, 
     line = refusal(capsys, *argv)
     assert all(word in line for word in says), line
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_misspelt_flag_is_named_before_what_is_missing_for_it(inputs, capsys):
+    line = refusal(capsys, "--model_name_or_pth", inputs["absolute"], "--output_dri", "out", "--do_eval")
+    assert "unknown flag --model_name_or_pth (nearest: --model_name_or_path)" in line
+    assert "unknown flag --output_dri (nearest: --output_dir)" in line
+
+
+def test_a_damaged_model_is_one_line(inputs, tmp_path, capsys):
+    shutil.copytree(inputs["absolute"], tmp_path / "model")
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    argv = ["--do_eval", "--validation_file", inputs["dev"], "--output_dir", str(tmp_path / "out"), *QUICK]
+    assert "cannot load a model from" in refusal(capsys, "--model_name_or_path", str(tmp_path / "model"), *argv)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Tried. Halve --per_device_train"),
+        (ImportError("You need to install x"), "You need to install x"),
+        (RuntimeError("a bug"), None),
+    ],
+)
+def test_errors_from_within_training(inputs, tmp_path, capsys, monkeypatch, error, says):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(run_squad.QuestionAnsweringTrainer, "training_step", fail)
+    argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(tmp_path / "out"), *QUICK]
+    argv += ["--do_train", "--train_file", inputs["train"]]
+    if says is None:  # what nobody has foreseen keeps its traceback
+        with pytest.raises(RuntimeError):
+            run_squad.main(argv)
+        return
+    with pytest.raises(SystemExit) as exit_status:
+        run_squad.main(argv)
+    assert exit_status.value.code == 1
+    assert f"run_squad.py: error: {says}" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_half_precision_checkpoint_is_trained_in_float32(inputs, tmp_path):
+    model = RelativeBertForQuestionAnswering.from_pretrained(inputs["relative_key"])
+    model.half().save_pretrained(tmp_path / "half")
+    argv = ["--model_name_or_path", str(tmp_path / "half"), "--tokenizer_name", inputs["relative_key"], *QUICK]
+    run_squad.main([*argv, "--output_dir", str(tmp_path / "out"), "--do_train", "--train_file", inputs["train"]])
+    assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_the_card_names_what_was_trained_on_and_what_was_scored(inputs, tmp_path, monkeypatch):
+    squad = read_squad_file(inputs["train"], cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(run_squad, "load_examples", lambda name, config, files, *rest: {"train": squad} | {
+        split: read_squad_file(file, cache_dir=str(tmp_path / "cache")) for split, file in files.items()
+    })  # fmt: skip
+    argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(tmp_path / "out"), *QUICK, "--do_train"]
+    run_squad.main([*argv, "--do_eval", "--dataset_name", "squad", "--validation_file", inputs["dev"]])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.datasets == ["squad"] and "question answering on squad, with" in card.text
+    assert {result.dataset_name for result in card.data.eval_results} == {"dev.json"}
+    argv += ["--overwrite_output_dir", "--train_file", inputs["train"], "--validation_file", inputs["dev"], "--do_eval"]
+    run_squad.main([*argv, "--dataset_name", "squad"])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.datasets is None and "question answering on train.json, with" in card.text
 
 
 def test_position_types_that_do_not_suit_the_model_are_refused(inputs, tmp_path, capsys):
