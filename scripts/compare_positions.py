@@ -93,7 +93,7 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
         steps = sorted(set.intersection(*(set(run.curve) for run in of_type)))
         mean = [statistics.mean(run.curve[step] for run in of_type) for step in steps]
         axes.plot(steps, mean, color=colour, linewidth=2.2, marker=".", label=position_type)
-    axes.set(xlabel="step", ylabel="f1 on questions that were not trained on", ylim=(0, 100), xlim=(0, None))
+    axes.set(xlabel="step", ylabel="f1 on questions that were not trained on", ylim=(0, 101), xlim=(0, None))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
