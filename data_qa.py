@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Part of every cache file's name: raise them when the code below makes something else of the same input.
 READER_VERSION = 1
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 
 TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer
 WINDOWS_PER_BATCH = 8192  # windows sliced at once; bounds the memory of the index arrays
@@ -705,13 +705,15 @@ def _answer_tokens(answer_spans: np.ndarray, context_row: np.ndarray, tokens: To
     width = int(max(tokens.char_ends.max(initial=0), answer_spans.max(initial=0))) + 1
     base = np.repeat(np.arange(len(tokens.offsets) - 1) * width, np.diff(tokens.offsets))
     spans = answer_spans + context_row[:, None].astype(np.int64) * width
-    first = np.searchsorted(base + tokens.char_ends, spans[:, 0], side="right")
-    last = np.searchsorted(base + tokens.char_starts, spans[:, 1], side="left") - 1
+    holding = np.flatnonzero(tokens.char_starts < tokens.char_ends)  # byte-level BPE's token for a space holds nothing
+    first = np.searchsorted((base + tokens.char_ends)[holding], spans[:, 0], side="right")
+    last = np.searchsorted((base + tokens.char_starts)[holding], spans[:, 1], side="left") - 1
     touched = (answer_spans[:, 0] >= 0) & (first <= last)
     if missed := np.count_nonzero((answer_spans[:, 0] >= 0) & ~touched):
         logger.warning(f"{missed} answers are made of characters that the tokenizer drops: trained on as no answer")
     begin = tokens.offsets[context_row]
-    return np.where(touched, first - begin, -1), np.where(touched, last - begin, -1)
+    holding = np.append(holding, 0)  # what lies outside is not touched, but indexed all the same
+    return np.where(touched, holding[first] - begin, -1), np.where(touched, holding[last] - begin, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import multiprocessing
 from pathlib import Path
 
 import datasets
+import hypothesis
 import pytest
 import torch
 from datasets import Dataset, Features, Value
@@ -307,6 +308,9 @@ def examples_and_settings(draw):
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=examples_and_settings())
+@hypothesis.example(
+    case=([("0", "", " and", " a", 0)], WindowSettings(6, 1, 1))
+)  # RoBERTa's token of the space holds nothing
 def test_every_token_is_covered_and_labels_contain_the_answer(name, case):
     rows, setting = case
     tokenizer = TOKENIZERS_MADE.setdefault(name, TOKENIZERS[name]())
