@@ -24,7 +24,7 @@ SENTENCES = {
     ),
     "python scripts/benchmark.py attention": ("--sizes base --lengths 32x1 --passes train --repeats 1", {}),
     "python scripts/benchmark.py data": ("--questions 500 --repeats 1", {}),
-    "python scripts/benchmark.py training --size mini": ("--questions 200 --batches 1 --repeats 1", {}),
+    "python scripts/benchmark.py training": ("--size mini --questions 200 --batches 1 --repeats 1", {}),
     "python run_squad.py --help": ("", {}),
     "python run_squad.py arguments.json": ("", {}),
 }
