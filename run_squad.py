@@ -77,7 +77,8 @@ QA_SETTINGS = "qa_settings.json"
 TRAINING_SETTINGS = """
     seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
     lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    max_grad_norm label_smoothing_factor bf16 fp16 neftune_noise_alpha train_sampling_strategy dataloader_drop_last
+    max_grad_norm label_smoothing_factor bf16 fp16 tf32 auto_find_batch_size accelerator_config
+    neftune_noise_alpha train_sampling_strategy dataloader_drop_last
     metric_for_best_model greater_is_better
 """.split()
 
@@ -211,11 +212,20 @@ class QATrainingArguments(TrainingArguments):
             self.use_cpu = True
             if self.fsdp:
                 raise ValueError("--fsdp needs GPUs, and there is none here: leave it out")
+        if not self.dataloader_in_order:
+            raise ValueError("--dataloader_in_order False would mix up the windows: leave it out")
+        if not self.eval_do_concat_batches or self.batch_eval_metrics:
+            raise ValueError(
+                "answers need all logits at once: leave --eval_do_concat_batches False and --batch_eval_metrics out"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor has no effect on start and end positions: leave it out")
         if self.enable_jit_checkpoint:
             raise ValueError("--enable_jit_checkpoint is always on here: SIGTERM saves a checkpoint. Leave it out")
         if self.run_name is None:  # a tracker's name for the run, under which its parts come together
             self.run_name = os.path.basename(os.path.normpath(self.output_dir))
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+        needs_metric = self.save_strategy == "best" or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or needs_metric):
             self.metric_for_best_model = "f1"
         best = self.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in METRIC_NAMES:
@@ -310,7 +320,10 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         data_collator=QADataCollator(
             tokenizer,
             pad_to_max_length=data_args.max_seq_length if data_args.pad_to_max_length else None,
-            pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
+            # For half precision's kernels, where that cannot lead beyond the model's positions.
+            pad_to_multiple_of=(
+                8 if (training_args.fp16 or training_args.bf16) and data_args.max_seq_length % 8 == 0 else None
+            ),
         ),
         post_process_function=post_process,
         run_settings=settings,
@@ -399,6 +412,10 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
         if asked and file is None and data_args.dataset_name is None:
             raise ValueError(f"{task} needs data: give {flag} or --dataset_name")
 
+    best = (training_args.metric_for_best_model or "").removeprefix("eval_")
+    if best.startswith(("best_", "NoAns_")) and not data_args.version_2_with_negative:
+        raise ValueError(f"--metric_for_best_model {best} is there with --version_2_with_negative only")
+
     installed = get_available_reporting_integrations()
     for tracker in training_args.report_to:
         if tracker not in INTEGRATION_TO_CALLBACK:
@@ -484,6 +501,7 @@ def load_config(model_args: ModelArguments):
     )
     if config.model_type == "bert":
         config.position_embedding_type = position_type
+    config.num_labels = 2  # start and end, whatever the checkpoint was trained for before
     return config
 
 
@@ -492,7 +510,7 @@ def position_type_of(config) -> str:
 
 
 def load_tokenizer(model_args: ModelArguments):
-    name = model_args.tokenizer_name or model_args.config_name or model_args.model_name_or_path
+    name = model_args.tokenizer_name or model_args.model_name_or_path
     tokenizer = _from_hub(AutoTokenizer, name, model_args, "a tokenizer")
     check_tokenizer(tokenizer)
     return tokenizer
@@ -507,19 +525,28 @@ def load_model(model_args: ModelArguments, config, folder: str | None = None):
     model, info = _from_hub(
         model_class, name, model_args, "a model", config=config, output_loading_info=True, dtype=torch.float32
     )
+    if any("distance_embedding" in key for key in info["unexpected_keys"]):
+        raise ValueError(
+            f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
+            "--config_name out, or give one with the checkpoint's own position_embedding_type"
+        )
     if info["missing_keys"]:
         logger.info("New parameters, not in %s: %s.", name, ", ".join(sorted(info["missing_keys"])))
     return model
 
 
 def check_length(max_seq_length: int, model, tokenizer) -> None:
-    """Raises ValueError where windows of `max_seq_length` tokens are longer than the model has positions for."""
+    """Raises ValueError where windows of `max_seq_length` tokens are longer than the model has positions for, or the
+    tokenizer has more tokens than it has embeddings for."""
     longest = getattr(model.config, "max_position_embeddings", None)
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if longest is not None and getattr(embeddings, "padding_idx", None) is not None:
         longest -= embeddings.padding_idx + 1  # RoBERTa counts positions from there
     if longest is not None and max_seq_length > longest:
         raise ValueError(f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows} only")
 
 
 def _from_hub(auto_class, name, model_args: ModelArguments, what: str, **kwargs):
@@ -574,7 +601,7 @@ def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoin
     training_args = trainer.args
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
-    on_main_process(lambda: write_run_state(training_args, "training", settings))
+    on_main_process(lambda: begin(training_args, settings, anew=checkpoint is None))
     with trainer.signals_noted():
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(features)}
@@ -598,10 +625,22 @@ def push_to_hub(trainer: QuestionAnsweringTrainer) -> None:
     except Exception as error:  # of any library between here and the hub
         raise TrainingError(
             f"cannot push to the hub: {one_line(error)}. All of it stands in {trainer.args.output_dir}; "
-            f"{same_command(trainer.args.overwrite_output_dir)} tries again"
+            f"{same_command(trainer.args)} tries again"
         ) from error
     if trainer.is_world_process_zero():
         logger.info("Pushed to %s on the hub.", trainer.hub_model_id)
+
+
+def begin(training_args: QATrainingArguments, settings: dict, anew: bool) -> None:
+    """Takes output_dir for this run, now that nothing can refuse it any more."""
+    if anew and training_args.overwrite_output_dir:
+        remove_checkpoints(training_args.output_dir)
+    write_run_state(training_args, "training", settings)
+
+
+def is_checkpoint_in(folder: Path, name: str) -> bool:
+    path = Path(name).resolve()
+    return path.name.startswith("checkpoint-") and path.parent == folder.resolve()
 
 
 def plan_training(training_args: QATrainingArguments, settings: dict, restarted: bool) -> tuple[str, str | None]:
@@ -615,30 +654,33 @@ def plan_training(training_args: QATrainingArguments, settings: dict, restarted:
     restarted = restarted and run_state_file(training_args).exists()
     if named is not None and not restarted:
         check_same_run(named, settings)
-        return "training", named
     if training_args.overwrite_output_dir and not restarted:
-        remove_checkpoints(folder)
-        run_state_file(training_args).unlink(missing_ok=True)
-        return "training", None
+        for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
+            if named is None and settings[flag] and is_checkpoint_in(folder, settings[flag]):
+                raise ValueError(
+                    f"--overwrite_output_dir would remove --{flag} {settings[flag]}: name another --output_dir"
+                )
+        return "training", named
     if not run_state_file(training_args).exists():
         held = [name for name in ("config.json", "train_results.json") if (folder / name).exists()]
         held += sorted(path.name for path in folder.glob("checkpoint-*"))
-        if held:
+        if held and not (named and is_checkpoint_in(folder, named)):
             raise ValueError(
                 f"--output_dir {folder} holds {held[0]} of something else: name another folder, or give "
                 "--overwrite_output_dir"
             )
-        return "training", None
+        return "training", named
     state = json.loads(run_state_file(training_args).read_text(encoding="utf-8"))
     if state["status"] == "finished" and not restarted:
         raise ValueError(
-            f"--output_dir {folder} holds a finished run: leave --do_train out to use it, name another folder, or "
-            "give --overwrite_output_dir to train anew"
+            f"--output_dir {folder} holds a finished run: to use it give --model_name_or_path {folder} and leave "
+            "--do_train out; to train, name another folder, or give --overwrite_output_dir to train anew"
         )
     if state["status"] != "training":
         check_settings(state["settings"], settings, folder)
         return "trained", None
-    return "training", checkpoint_to_resume(folder, settings) or named
+    newest = checkpoint_to_resume(folder, settings)
+    return "training", named if named and not restarted else newest or named
 
 
 def run_settings(model_args, data_args, training_args, config, features) -> dict:
@@ -657,6 +699,10 @@ def run_settings(model_args, data_args, training_args, config, features) -> dict
         settings[name] = getattr(data_args, name)
     for name in TRAINING_SETTINGS:
         settings[name] = getattr(training_args, name)
+    if training_args.metric_for_best_model is not None and "validation" in features:  # the score decides on the model
+        settings["validation data"] = Path(features["validation"].cache_files[0]["filename"]).stem
+        for name in ("n_best_size", "max_answer_length", "version_2_with_negative", "null_score_diff_threshold"):
+            settings[name] = getattr(data_args, name)
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -667,7 +713,7 @@ def qa_settings(model_args, data_args) -> dict:
         null_score_diff_threshold dataset_name dataset_config_name validation_file
     """
     settings = {name: getattr(data_args, name) for name in names.split()}
-    settings["tokenizer_name"] = model_args.tokenizer_name or model_args.config_name or model_args.model_name_or_path
+    settings["tokenizer_name"] = model_args.tokenizer_name or model_args.model_name_or_path
     return settings | {"cache_dir": model_args.cache_dir}
 
 

@@ -42,10 +42,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class TrainingStopped(Exception):
     """Training was asked to stop by a signal; what it came to stands whole in `folder`."""
 
-    def __init__(self, signal_number: int, folder: str, overwrite_output_dir: bool):
+    def __init__(self, signal_number: int, folder: str, training_args):
         super().__init__(
             f"stopped by {signal.Signals(signal_number).name}; the run so far stands in {folder}. Give "
-            f"{same_command(overwrite_output_dir)} again to go on"
+            f"{same_command(training_args)} again to go on"
         )
         self.exit_status = 128 + signal_number
 
@@ -155,7 +155,7 @@ class QuestionAnsweringTrainer(Trainer):
         # Evaluating must not move the random state that training goes on with.
         with torch.random.fork_rng(devices=[]):
             output = self.evaluation_loop(
-                self.get_eval_dataloader(features.select(order)),
+                self._loader_of_all(features.select(order)),
                 description="Evaluation",
                 prediction_loss_only=False,
                 metric_key_prefix=prefix,
@@ -169,6 +169,15 @@ class QuestionAnsweringTrainer(Trainer):
             restored[order] = in_order
             logits.append(restored)
         return (logits[0], logits[1]), seconds
+
+    def _loader_of_all(self, features) -> torch.utils.data.DataLoader:
+        """`get_eval_dataloader` without --dataloader_drop_last, and without the one kept from other features."""
+        self.__dict__.pop("_eval_dataloaders", None)
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return self.get_eval_dataloader(features)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _answer(self, features, examples, prefix: str) -> dict[str, float]:
         logits, metrics = self.predict_logits(features, prefix)
@@ -306,7 +315,7 @@ class QuestionAnsweringTrainer(Trainer):
             raise self._stopped(self.args.output_dir)
 
     def _stopped(self, folder: str) -> TrainingStopped:
-        return TrainingStopped(self.stop_signal, folder, self.args.overwrite_output_dir)
+        return TrainingStopped(self.stop_signal, folder, self.args)
 
     # ---- Checkpoints ----
 
@@ -362,7 +371,8 @@ class QuestionAnsweringTrainer(Trainer):
         if not self.save_total_limit or self.save_total_limit < 0:
             return
         checkpoints = whole_checkpoints(self.args.output_dir)
-        kept = {os.path.basename(folder) for folder in (self.state.best_model_checkpoint, checkpoints[-1]) if folder}
+        newest = self._checkpoint_folder()  # there may be later steps of a run that this one has left behind
+        kept = {os.path.basename(folder) for folder in (self.state.best_model_checkpoint, newest) if folder}
         excess = max(len(checkpoints) - max(self.save_total_limit, len(kept)), 0)
         for folder in [folder for folder in checkpoints if os.path.basename(folder) not in kept][:excess]:
             try:
@@ -710,9 +720,14 @@ def _mark(checkpoint: str) -> dict:
     return json.loads(Path(checkpoint, WHOLE_CHECKPOINT).read_text(encoding="utf-8"))
 
 
-def same_command(overwrite_output_dir: bool) -> str:
+def same_command(training_args) -> str:
     """How to say "the same command" where it is to go on with what stands in output_dir."""
-    return "the same command, without --overwrite_output_dir," if overwrite_output_dir else "the same command"
+    given = {
+        "--overwrite_output_dir": training_args.overwrite_output_dir,
+        "--resume_from_checkpoint": training_args.resume_from_checkpoint,
+    }
+    without = " and ".join(flag for flag, value in given.items() if value)
+    return f"the same command, without {without}," if without else "the same command"
 
 
 def one_line(error: Exception) -> str:

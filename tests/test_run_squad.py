@@ -12,7 +12,13 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import tiny_bert, tiny_questions
-from transformers import RobertaConfig, RobertaForQuestionAnswering
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+)
 
 import run_squad
 from data_qa import read_squad_file
@@ -199,6 +205,13 @@ def test_relative_positions_start_from_an_absolute_checkpoint(inputs, caplog):
         ("--do_eval --validation_file {dev} --gradient_accumulation_steps 0", ["--gradient_accumulation_steps is 0"]),
         ("--do_train --train_file {train} --dataloader_drop_last --per_device_train_batch_size 13",
          ["--dataloader_drop_last leaves nothing of 12 windows in batches of 13"]),
+        ("--do_eval --validation_file {dev} --dataloader_in_order False", ["--dataloader_in_order"]),
+        ("--do_eval --validation_file {dev} --batch_eval_metrics", ["--batch_eval_metrics"]),
+        ("--do_eval --validation_file {dev} --label_smoothing_factor 0.1", ["--label_smoothing_factor"]),
+        ("--do_eval --validation_file {dev} --metric_for_best_model best_f1", ["best_f1", "--version_2_with_negative"]),
+        ("--do_eval --validation_file {dev} --tokenizer_name {larger}", ["tokens, but the model has embeddings for"]),
+        ("--do_eval --validation_file {dev} --model_name_or_path {relative_key} --config_name {absolute}",
+         ["has relative position embeddings, but the configuration says absolute"]),
         ("--do_eval --validation_file {dev} --lang_id 3", ["--lang_id"]),
         ("--do_eval --validation_file {dev} --enable_jit_checkpoint", ["--enable_jit_checkpoint"]),
         ("--do_eval --validation_file {dev} --load_best_model_at_end --eval_strategy steps --eval_steps 9 "
@@ -218,7 +231,10 @@ def test_bad_input_is_one_line_before_training(inputs, tmp_path, capsys, flags, 
         "no_context": json.dumps({"data": [{"title": "t", "paragraphs": [{"qas": [bad_question]}]}]}),
         "duplicates": json.dumps({"data": [nested]}),
     }
-    files = {name: str(tmp_path / f"{name}.json") for name in [*contents, "missing", "nowhere"]}
+    tokenizer = BertTokenizerFast.from_pretrained(inputs["absolute"])
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(tmp_path / "larger.json")
+    files = {name: str(tmp_path / f"{name}.json") for name in [*contents, "larger", "missing", "nowhere"]}
     for name, content in contents.items():
         Path(files[name]).write_text(content)
     argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(tmp_path / "out")]
@@ -301,6 +317,62 @@ def test_position_types_that_do_not_suit_the_model_are_refused(inputs, tmp_path,
     RobertaForQuestionAnswering(config).save_pretrained(tmp_path / "roberta")
     argv += ["--tokenizer_name", inputs["absolute"], "--position_embedding_type", "relative_key"]
     assert "roberta" in refusal(capsys, "--model_name_or_path", str(tmp_path / "roberta"), *argv)
+
+
+def test_overwriting_removes_nothing_before_the_run_can_start(inputs, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(out), *QUICK, "--do_train"]
+    argv += ["--train_file", inputs["train"], "--save_steps", "1"]
+    run_squad.main(argv)
+    kept = {path.name for path in out.glob("checkpoint-*")}
+    assert len(kept) == 3
+    refusal(capsys, *argv, "--overwrite_output_dir", "--max_seq_length", "65")
+    line = refusal(capsys, *argv, "--overwrite_output_dir", "--model_name_or_path", str(out / "checkpoint-3"))
+    assert "would remove --model_name_or_path" in line
+    assert {path.name for path in out.glob("checkpoint-*")} == kept
+    assert read(out, "run_state.json")["status"] == "finished"
+    # A named checkpoint is no way around it.
+    other = tmp_path / "other"
+    run_squad.main([*argv, "--output_dir", str(other), "--learning_rate", "1e-3"])
+    named = ["--resume_from_checkpoint", str(out / "checkpoint-1")]
+    assert "holds a finished run" in refusal(capsys, *argv, *named, "--output_dir", str(other))
+    run_squad.main([*argv, "--overwrite_output_dir"])
+    assert {path.name for path in out.glob("checkpoint-*")} == kept
+
+
+def test_a_configuration_alone_brings_no_tokenizer(inputs, tmp_path):
+    (tmp_path / "config").mkdir()
+    shutil.copy(Path(inputs["absolute"], "config.json"), tmp_path / "config")
+    argv = ["--model_name_or_path", inputs["absolute"], "--config_name", str(tmp_path / "config"), *QUICK]
+    run_squad.main([*argv, "--output_dir", str(tmp_path / "out"), "--do_eval", "--validation_file", inputs["dev"]])
+    run_squad.main(
+        [*argv[:2], *QUICK, "--output_dir", str(tmp_path / "plain"), "--do_eval", "--validation_file", inputs["dev"]]
+    )
+    assert read(tmp_path, "out", "eval_predictions.json") == read(tmp_path, "plain", "eval_predictions.json")
+
+
+def test_a_classifier_of_three_classes_is_a_start(inputs, tmp_path):
+    config = BertConfig.from_pretrained(inputs["absolute"], num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "nli")
+    argv = ["--model_name_or_path", str(tmp_path / "nli"), "--tokenizer_name", inputs["absolute"], *QUICK]
+    run_squad.main([*argv, "--output_dir", str(tmp_path / "out"), "--do_train", "--train_file", inputs["train"]])
+
+
+def test_loader_flags_of_training_leave_the_answers_as_they_are(inputs, tmp_path):
+    argv = ["--model_name_or_path", inputs["absolute"], *QUICK, "--do_eval", "--validation_file", inputs["dev"]]
+    argv += ["--do_predict", "--test_file", inputs["test"], "--per_device_eval_batch_size", "5"]
+    run_squad.main([*argv, "--output_dir", str(tmp_path / "plain")])
+    flags = "--dataloader_drop_last --dataloader_num_workers 1 --dataloader_persistent_workers".split()
+    run_squad.main([*argv, *flags, "--output_dir", str(tmp_path / "flags")])
+    for name in ("eval_predictions.json", "predict_predictions.json"):
+        assert read(tmp_path, "flags", name) == read(tmp_path, "plain", name)
+
+
+def test_a_plateau_is_seen_in_f1(inputs, tmp_path):
+    argv = ["--model_name_or_path", inputs["absolute"], *QUICK, "--do_train", "--do_eval", "--train_file"]
+    argv += [inputs["train"], "--validation_file", inputs["dev"], "--output_dir", str(tmp_path / "out")]
+    run_squad.main([*argv, "--eval_strategy", "epoch", "--lr_scheduler_type", "reduce_lr_on_plateau"])
+    assert read(tmp_path, "out", "run_state.json")["settings"]["metric_for_best_model"] == "f1"
 
 
 def test_someone_elses_folder_is_not_trained_into(inputs, tmp_path, capsys):
