@@ -75,11 +75,11 @@ RUN_STATE = "run_state.json"  # how far the run in an output_dir has come: train
 QA_SETTINGS = "qa_settings.json"
 # The flags of transformers' own that make another run of it, so that a checkpoint of one is no start for the other.
 TRAINING_SETTINGS = """
-    seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
-    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    max_grad_norm label_smoothing_factor bf16 fp16 tf32 auto_find_batch_size accelerator_config
-    neftune_noise_alpha train_sampling_strategy dataloader_drop_last
-    metric_for_best_model greater_is_better
+    seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
+    adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor bf16 fp16 tf32 auto_find_batch_size
+    accelerator_config neftune_noise_alpha train_sampling_strategy dataloader_drop_last metric_for_best_model
+    greater_is_better
 """.split()
 
 
