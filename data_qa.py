@@ -29,6 +29,8 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from utils_qa import one_line
+
 logger = logging.getLogger(__name__)
 
 # Part of every cache file's name: raise them when the code below makes something else of the same input.
@@ -79,9 +81,8 @@ def _load_hub_dataset(name: str, config_name: str | None, cache_dir: str | None,
     try:
         dataset_splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"--dataset_name {name}: cannot be loaded from the hub or its cache ({reason}); check the name, "
+            f"--dataset_name {name}: cannot be loaded from the hub or its cache ({one_line(error)}); check the name, "
             f"--dataset_config_name and the network, or give --train_file and --validation_file"
         ) from error
     return {
@@ -202,7 +203,7 @@ def _parse_json(content: bytes, path: str) -> Any:
             return _parse_json_lines(text, path)
         raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: JSON that cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
 
 
 def _parse_json_lines(text: str, path: str) -> Iterator[Any]:
@@ -213,11 +214,7 @@ def _parse_json_lines(text: str, path: str) -> Iterator[Any]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
             except (RecursionError, ValueError) as error:
-                raise ValueError(f"{path}: line {number}: JSON that cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+                raise ValueError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
 
 
 def _squad_rows(root: Any, path: str) -> Iterator[tuple[tuple, str]]:

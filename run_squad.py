@@ -49,12 +49,11 @@ from trainer_qa import (
     checkpoint_to_resume,
     meet_after_restart,
     on_main_process,
-    one_line,
     remove_checkpoints,
     same_command,
     was_restarted,
 )
-from utils_qa import postprocess_qa_predictions, squad_scores, write_json, write_predictions, write_text
+from utils_qa import one_line, postprocess_qa_predictions, squad_scores, write_json, write_predictions, write_text
 
 logger = logging.getLogger("run_squad")
 
@@ -81,6 +80,13 @@ TRAINING_SETTINGS = """
     accelerator_config neftune_noise_alpha train_sampling_strategy dataloader_drop_last metric_for_best_model
     greater_is_better
 """.split()
+
+
+def check_at_least_1(arguments, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}, must be at least 1")
 
 
 @dataclass
@@ -159,13 +165,8 @@ class DataTrainingArguments:
     overwrite_cache: bool = field(default=False, metadata={"help": "Make the features anew."})
 
     def __post_init__(self):
-        for name in (
-            "n_best_size max_answer_length max_train_samples max_eval_samples max_predict_samples "
-            "preprocessing_num_workers"
-        ).split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}, must be at least 1")
+        names = "n_best_size max_answer_length max_train_samples max_eval_samples max_predict_samples"
+        check_at_least_1(self, *names.split(), "preprocessing_num_workers")
 
 
 @dataclass
@@ -204,9 +205,9 @@ class QATrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.output_dir is None:
             raise ValueError("--output_dir is missing: name the folder that the model and the results go to")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, must be at least 1")
+        check_at_least_1(
+            self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
         if not torch.accelerator.is_available():
             # Unset, every process under torchrun would be a world of its own and train alone into the same folder.
             self.use_cpu = True
@@ -253,12 +254,14 @@ def main(argv: list[str] | None = None) -> None:
         _exit(f"{stopped}.", stopped.exit_status)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
-    except (ValueError, OSError, TrainingError, ImportError, RuntimeError) as error:
+    except RuntimeError as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-        if os.environ.get("RUN_SQUAD_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
+        if os.environ.get("RUN_SQUAD_DEBUG") or not out_of_memory:
             raise
-        if out_of_memory:
-            _exit(f"error: {one_line(error)}. {OUT_OF_MEMORY}", 1, any_process=True)
+        _exit(f"error: {one_line(error)}. {OUT_OF_MEMORY}", 1, any_process=True)
+    except (ValueError, OSError, TrainingError, ImportError) as error:
+        if os.environ.get("RUN_SQUAD_DEBUG"):
+            raise
         _exit(f"error: {one_line(error)}", 2 if isinstance(error, ValueError) else 1)
 
 

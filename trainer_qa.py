@@ -29,7 +29,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from modeling_relative_bert import rename_extra_special_tokens
-from utils_qa import write_json
+from utils_qa import one_line, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -728,10 +728,6 @@ def same_command(training_args) -> str:
     }
     without = " and ".join(flag for flag, value in given.items() if value)
     return f"the same command, without {without}," if without else "the same command"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _first_line(error: Exception) -> str:

@@ -364,6 +364,10 @@ def write_predictions(qa_predictions: QAPredictions, output_dir: str, prefix: st
         write_text(os.path.join(output_dir, f"{prefix}_null_odds.json"), _flat_json(qa_predictions.null_odds))
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def write_json(path: str, obj) -> None:
     """Write `obj` as JSON (indent 4, ASCII). A reader sees the old file or the new one, never a part of it.
 
