@@ -44,6 +44,7 @@ from trainer_qa import (
     QuestionAnsweringTrainer,
     TrainingError,
     TrainingStopped,
+    check_all_weights,
     check_same_run,
     check_settings,
     checkpoint_to_resume,
@@ -372,7 +373,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         if bare:
             print(json.dumps(bare, indent=2), flush=True)
         log_where(training_args)
-    trainer.end()
+    trainer.accelerator.end_training()  # of the trackers
 
 
 # ---- Arguments ----
@@ -520,7 +521,10 @@ def load_tokenizer(model_args: ModelArguments):
 
 
 def load_model(model_args: ModelArguments, config, folder: str | None = None):
-    """The model in `folder`, or else the one that was asked for, with the parameters that are new in it logged."""
+    """The model that this run has saved in `folder`, or else the one that was asked for, its new parameters logged.
+
+    Raises ValueError where it cannot be loaded, and TrainingError where a weight in `folder` is missing or left over.
+    """
     absolute = position_type_of(config) == "absolute"
     model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
     name = folder or model_args.model_name_or_path
@@ -533,7 +537,11 @@ def load_model(model_args: ModelArguments, config, folder: str | None = None):
             f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
             "--config_name out, or give one with the checkpoint's own position_embedding_type"
         )
-    if info["missing_keys"]:
+    # Saved by the names of today; transformers would write those of the file back, such as Google's gamma and beta.
+    model.__dict__.pop("_weight_conversions", None)
+    if folder:
+        check_all_weights(info, folder)
+    elif info["missing_keys"]:
         logger.info("New parameters, not in %s: %s.", name, ", ".join(sorted(info["missing_keys"])))
     return model
 

@@ -11,6 +11,7 @@ What transformers' Trainer does not do, and this one does:
 import contextlib
 import datetime
 import functools
+import inspect
 import json
 import logging
 import math
@@ -24,7 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import ProgressCallback, Trainer, TrainerCallback
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
@@ -37,6 +40,14 @@ logger = logging.getLogger(__name__)
 WHOLE_CHECKPOINT = "checkpoint_complete.json"
 LOSS_STATE = "loss_state_{rank}.json"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# What is used here of the Trainer beside its public methods, and the versions of transformers that it was tested with.
+PRIVATE_PARTS = """
+    _determine_best_metric _evaluate _get_eval_sampler _get_grad_norm _get_train_sampler _globalstep_last_logged
+    _load_best_model _load_from_checkpoint _maybe_log_save_evaluate _run_epoch _save _save_checkpoint
+    _set_signature_columns_if_needed _signature_columns _total_loss_scalar _tr_loss
+""".split()
+TESTED_VERSIONS = ("5.4.0", "5.24.0")
 
 
 class TrainingStopped(Exception):
@@ -80,6 +91,7 @@ class QuestionAnsweringTrainer(Trainer):
         max_nonfinite_steps: int = 0,
         **kwargs,
     ):
+        check_private_parts(Trainer)
         training_args = kwargs["args"]
         # With its own generator the sampler is reseeded here at each epoch, accelerate's seedable one would not be.
         training_args.accelerator_config.use_seedable_sampler = False
@@ -95,6 +107,7 @@ class QuestionAnsweringTrainer(Trainer):
         self.signal_received = 0  # by this process
         self.stop_signal = 0  # agreed on by all processes
         self._order = torch.Generator()
+        self.first_step = 0  # that this process has trained from
         self.evaluation_due = False  # at the step of the last checkpoint, but not made
         self._step_losses: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # (loss, example_index) a micro-batch
         self._grad_norm: torch.Tensor | float | None = None
@@ -271,7 +284,7 @@ class QuestionAnsweringTrainer(Trainer):
             # The Trainer takes the sum of this process alone, by the steps since the resume, and counts padded windows.
             total_loss = np.mean(gather(self._total_loss_scalar))
             logs["train_loss"] = float(total_loss) / max(self.state.global_step, 1)
-            windows = self._windows_trained(self.state.global_step) - self._windows_trained(self._initial_global_step)
+            windows = self._windows_trained(self.state.global_step) - self._windows_trained(self.first_step)
             logs["train_samples_per_second"] = round(windows / max(logs["train_runtime"], 1e-4), 3)
         super().log(logs, start_time)
 
@@ -280,7 +293,7 @@ class QuestionAnsweringTrainer(Trainer):
         batches = len(self.callback_handler.train_dataloader)
         windows_per_epoch = len(self.train_dataset)
         if self.args.dataloader_drop_last:
-            windows_per_epoch = min(windows_per_epoch, batches * self._train_batch_size * self.args.world_size)
+            windows_per_epoch = min(windows_per_epoch, batches * self.state.train_batch_size * self.args.world_size)
         epochs, rest = divmod(steps, max(math.ceil(batches / self.args.gradient_accumulation_steps), 1))
         return epochs * windows_per_epoch + rest * self.get_total_train_batch_size(self.args)
 
@@ -380,8 +393,22 @@ class QuestionAnsweringTrainer(Trainer):
             except OSError as error:
                 logger.warning("Cannot remove the old checkpoint %s: %s.", folder, error)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # The Trainer would look for the model's own names alone, and only warn where a weight is not there.
+        if self.is_fsdp_enabled:  # in a format of its own
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, self.state.best_model_checkpoint)
+
     def resume(self) -> None:
         """Goes on with what the checkpoint holds beside the Trainer's own: the sums of the loss, an evaluation due."""
+        self.first_step = self.state.global_step
         self._step_losses.clear()  # of a step that was given up, with --auto_find_batch_size
         if self._resumed_from is None:
             return
@@ -561,6 +588,45 @@ def _set_up_tracker(tracker: str, setup: Callable, *args, **kwargs) -> None:
         setup(*args, **kwargs)
     except Exception as error:  # of a library of its own
         raise ValueError(f"--report_to {tracker}: {one_line(error)}") from error
+
+
+def check_private_parts(trainer_class: type) -> None:
+    """Raises ImportError where the Trainer lacks a part that is used here, naming it and both versions."""
+    functions = [value for value in vars(trainer_class).values() if inspect.isfunction(value)]
+    known = set(vars(trainer_class)).union(*(function.__code__.co_names for function in functions))
+    missing = [name for name in PRIVATE_PARTS if name not in known]
+    if missing:
+        raise ImportError(
+            f"the Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which this program "
+            f"needs; it was tested with {TESTED_VERSIONS[0]} to {TESTED_VERSIONS[1]}: "
+            f"pip install transformers=={TESTED_VERSIONS[1]}"
+        )
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Loads all weights of `model` from `folder`, whatever names they have there that transformers can read.
+
+    Raises TrainingError that names the weights which are missing, left over or of another shape.
+    """
+    try:
+        loaded, report = type(model).from_pretrained(
+            folder, config=model.config, dtype=model.dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise TrainingError(f"cannot load the weights in {folder}: {one_line(error)}") from error
+    check_all_weights(report, folder)
+    model.load_state_dict(loaded.state_dict())
+
+
+def check_all_weights(report: dict, folder: str) -> None:
+    """Raises TrainingError for what from_pretrained reports to be missing or left over in `folder`."""
+    wrong = [
+        f"{kind}: {', '.join(sorted(report[key]))}"
+        for kind, key in (("missing", "missing_keys"), ("left over", "unexpected_keys"))
+        if report[key]
+    ]
+    if wrong:
+        raise TrainingError(f"the weights in {folder} are not those of this model. {'; '.join(wrong)}")
 
 
 def whole_checkpoints(output_dir: str | os.PathLike) -> list[str]:

@@ -2,7 +2,8 @@
 
     python scripts/soak_kills.py [--kills 50] [--processes 1 2] [--seed 0]
 
-For each number of processes one run is left alone. Then runs of the same command are killed with SIGKILL (all processes
+For each number of processes, and for a checkpoint with today's names and one with Google's (LayerNorm.gamma and beta),
+one run is left alone. Then runs of the same command are killed with SIGKILL (all processes
 at once, as a lost node) at a random moment and started again, until each has finished; its weights, answers, scores and
 history must equal, bit for bit, those of the run left alone. Prints where the kills struck and what was compared, and
 exits with status 1 if anything differed.
@@ -10,6 +11,7 @@ exits with status 1 if anything differed.
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import random
@@ -26,34 +28,38 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import launch  # noqa: E402
 from test_kill import FLAGS, outcome  # noqa: E402
-from tiny import tiny_bert, tiny_questions  # noqa: E402
+from tiny import tiny_bert, tiny_questions, with_google_names  # noqa: E402
 
 from trainer_qa import broken_checkpoints, whole_checkpoints  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=50, help="kills for each number of processes")
+    parser.add_argument("--kills", type=int, default=50, help="kills for each of them")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    models = {
+        "weight and bias": tiny_bert(folder / "model"),
+        "gamma and beta": with_google_names(tiny_bert(folder / "google_model")),
+    }
     command = [
-        *("--model_name_or_path", tiny_bert(folder / "model")),
         *("--train_file", tiny_questions(folder / "train.json", paragraphs=8)),
         *("--validation_file", tiny_questions(folder / "dev.json", paragraphs=5)),
         *FLAGS,
         *("--disable_tqdm", "True"),
     ]
     rng = random.Random(arguments.seed)
-    print(
-        "| processes | kills | struck while | broken checkpoints left | runs finished | equal to the run left alone |"
-    )
-    print("|---|---|---|---|---|---|")
+    columns = ("processes", "LayerNorms", "kills", "struck while", "broken checkpoints left", "runs finished")
+    print(f"| {' | '.join(columns)} | equal to the run left alone |")
+    print("|---" * (len(columns) + 1) + "|")
     equal_everywhere = True
-    for processes in arguments.processes:
-        row = soak(command, folder / str(processes), processes, arguments.kills, rng)
-        print(f"| {processes} | {row['kills']} | {row['struck']} | {row['broken']} | {row['runs']} | {row['equal']} |")
+    for processes, names in itertools.product(arguments.processes, models):
+        out = folder / f"{processes} {names}"
+        row = soak(["--model_name_or_path", models[names], *command], out, processes, arguments.kills, rng)
+        counts = (row["kills"], row["struck"], row["broken"], row["runs"], row["equal"])
+        print(f"| {processes} | {names} | {' | '.join(map(str, counts))} |", flush=True)
         equal_everywhere &= row["equal"] == row["runs"]
     shutil.rmtree(folder)
     return 0 if equal_everywhere else 1

@@ -8,7 +8,8 @@ from pathlib import Path
 import launch
 import pytest
 from launch import At
-from tiny import tiny_bert, tiny_questions
+from safetensors.torch import load_file, save_file
+from tiny import tiny_bert, tiny_questions, with_google_names
 
 from trainer_qa import WHOLE_CHECKPOINT, QuestionAnsweringTrainer, broken_checkpoints, whole_checkpoints
 
@@ -56,11 +57,13 @@ def kill_amid_the_last_save():
     QuestionAnsweringTrainer._save = watched
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
+# The names of the LayerNorms in the checkpoint that the run starts from: ours, or those of Google's checkpoints.
+@pytest.fixture(scope="module", params=["weight and bias", "gamma and beta"])
+def command(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
+    model = tiny_bert(folder / "model")
     return [
-        *("--model_name_or_path", tiny_bert(folder / "model")),
+        *("--model_name_or_path", with_google_names(model) if request.param == "gamma and beta" else model),
         *("--train_file", tiny_questions(folder / "train.json", paragraphs=8)),
         *("--validation_file", tiny_questions(folder / "dev.json", paragraphs=5)),
         *FLAGS,
@@ -103,6 +106,7 @@ def outcome(out: Path) -> dict:
         "train_loss": json.loads((out / "train_results.json").read_text())["train_loss"],
         "history": [without_times(entry) for entry in state["log_history"]],
         "best": (state["best_metric"], state["best_global_step"], Path(state["best_model_checkpoint"]).name),
+        "best model": (out / Path(state["best_model_checkpoint"]).name / "model.safetensors").read_bytes(),
         "checkpoints": [Path(folder).name for folder in whole_checkpoints(out)],
         "status": json.loads((out / "run_state.json").read_text())["status"],
     }
@@ -114,6 +118,8 @@ def test_reference_run_exercises_what_it_should(never_killed):
     assert len(scores) == 5 and len(set(scores)) > 1
     assert done["best"][1] not in (0, 29), "the best model should not be the last one"
     assert done["checkpoints"] == [done["best"][2], "checkpoint-29"]
+    assert done["model.safetensors"] == done["best model"]
+    assert not any(name in done["model.safetensors"] for name in (b"gamma", b"beta"))
     assert done["status"] == "finished"
 
 
@@ -187,6 +193,33 @@ def test_a_copied_output_dir_keeps_its_best_model(command, never_killed, tmp_pat
     done = outcome(tmp_path / "second")
     assert done["best"] == never_killed(1)["best"]
     assert done["model.safetensors"] == never_killed(1)["model.safetensors"]
+
+
+@pytest.mark.parametrize("google_names", [False, True])
+def test_a_checkpoint_by_the_names_of_the_first_file_is_resumed(google_names, command, never_killed, tmp_path):
+    """As earlier versions of this program saved them for Google's checkpoints."""
+    launch.run(*command, "--output_dir", tmp_path, at=At(f"{TRAINER}.training_step", 19))
+    if google_names:
+        with_google_names(str(tmp_path / "checkpoint-6"))
+    finish(command, tmp_path)
+    assert outcome(tmp_path) == never_killed(1)
+
+
+@pytest.mark.parametrize("moment", ["resuming", "loading the best model"])
+def test_a_weight_that_is_missing_or_left_over_stops_the_run(moment, command, tmp_path):
+    launch.run(*command, "--output_dir", tmp_path, at=At(f"{TRAINER}.training_step", 53))
+    folder = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    if moment == "loading the best model":
+        folder = tmp_path / "checkpoint-18"
+    weights = load_file(folder / "model.safetensors")
+    weights["qa_outputs.offset"] = weights.pop("qa_outputs.bias")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    stopped = launch.run(*command, "--output_dir", tmp_path)
+    assert stopped.exit_codes == [1]
+    assert stopped.err[0].splitlines()[-1] == (
+        f"run_squad.py: error: the weights in {folder} are not those of this model. missing: qa_outputs.bias; "
+        "left over: qa_outputs.offset"
+    )
 
 
 def test_mark_is_the_last_file_of_a_checkpoint(command, tmp_path):

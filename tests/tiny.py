@@ -1,9 +1,11 @@
 """Small data and models for the tests of the whole program: they learn nothing, and take seconds."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
 from modeling_relative_bert import RelativeBertForQuestionAnswering
@@ -53,3 +55,13 @@ def tiny_questions(file: Path, paragraphs: int = 4, version_2: bool = False, ans
         articles.append({"title": f"town {p}", "paragraphs": [{"context": context, "qas": qas}]})
     file.write_text(json.dumps({"version": "tiny", "data": articles}))
     return str(file)
+
+
+def with_google_names(folder: str) -> str:
+    """Names the LayerNorms of the model in `folder` gamma and beta, as Google's checkpoints do; returns `folder`."""
+    file = Path(folder, "model.safetensors")
+    google = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    weights = {re.sub("|".join(google), lambda ours: google[ours[0]], key): w for key, w in load_file(file).items()}
+    assert sum(key.endswith(("gamma", "beta")) for key in weights) >= 6
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
