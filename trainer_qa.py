@@ -47,7 +47,7 @@ PRIVATE_PARTS = """
     _load_best_model _load_from_checkpoint _maybe_log_save_evaluate _run_epoch _save _save_checkpoint
     _set_signature_columns_if_needed _signature_columns _total_loss_scalar _tr_loss
 """.split()
-TESTED_VERSIONS = ("5.4.0", "5.24.0")
+TESTED_VERSIONS = ("5.18.0", "5.24.0")
 
 
 class TrainingStopped(Exception):
@@ -479,10 +479,10 @@ class QuestionAnsweringTrainer(Trainer):
     def create_model_card(self, **kwargs) -> None:
         """Nothing: the Trainer would put a draft of its own in the place of run_squad.py's card."""
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args, **kwargs) -> None:
         """As `Trainer.init_hf_repo`, which comes before training. Raises ValueError where the hub does not let us."""
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # of any library between here and the hub
             raise ValueError(
                 f"--push_to_hub: cannot make {self.args.hub_model_id or self.args.output_dir} on the hub: "

@@ -193,7 +193,7 @@ def load(model_dir: str):
         )
     tokenizer = run_squad.load_tokenizer(model_args)
     model = run_squad.load_model(model_args, config)
-    return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
+    return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
 def settings_of(model_dir: str) -> dict:
