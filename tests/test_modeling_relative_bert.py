@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering
 
 import modeling_relative_bert as relative
 from modeling_relative_bert import RelativeBertForQuestionAnswering, RelativeBertSelfAttention
@@ -116,29 +116,6 @@ def test_loads_a_4_57_6_folder_whole(position_type, tmp_path):
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / position_type))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_saved_tokenizer_suits_transformers_4(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "relative_key")
-    tokenizer.add_special_tokens({"extra_special_tokens": ["[extra]"]})
-    tokenizer.save_pretrained(tmp_path)
-    relative.rename_extra_special_tokens(tmp_path)
-    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert isinstance(saved.get("extra_special_tokens", {}), dict)  # 4.57.6 calls .keys() on it
-    assert saved["additional_special_tokens"] == ["[extra]"]
-
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    text = "Who was queen of Paris? [extra]"
-    assert again(text).input_ids == tokenizer(text).input_ids
-    assert again.extra_special_tokens == ["[extra]"]
-    before = (tmp_path / "tokenizer_config.json").read_bytes()
-    relative.rename_extra_special_tokens(tmp_path)
-    assert (tmp_path / "tokenizer_config.json").read_bytes() == before
-
-
-def test_rename_without_a_tokenizer_does_nothing(tmp_path):
-    relative.rename_extra_special_tokens(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 # Equal to the plain formula, where 4.57.6's golden files do not reach
@@ -502,18 +479,3 @@ def test_attention_can_be_switched():
     inputs, golden = golden_batch("relative_key_query", "9_padded")
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(**inputs).start_logits, golden["start_logits"], atol=1e-5, rtol=0)
-
-
-def test_resolves_the_position_type():
-    absolute, own = (BertConfig.from_pretrained(GOLDEN / name) for name in ("absolute", "relative_key"))
-    assert relative.resolve_position_embedding_type(absolute, "some/bert") == "absolute"
-    assert relative.resolve_position_embedding_type(absolute, "some/bert", "relative_key") == "relative_key"
-    assert relative.resolve_position_embedding_type(own, "some/bert") == "relative_key"
-    assert relative.resolve_position_embedding_type(own, "some/bert", "relative_key_query") == "relative_key_query"
-    with pytest.raises(ValueError, match="some/bert was trained with relative_key and has no trained absolute"):
-        relative.resolve_position_embedding_type(own, "some/bert", "absolute")
-    with pytest.raises(ValueError, match="'rotary' is unknown: use one of absolute, relative_key, relative_key_query"):
-        relative.resolve_position_embedding_type(absolute, "some/bert", "rotary")
-    absolute.model_type = "roberta"
-    with pytest.raises(ValueError, match="relative_key is for BERT, but some/bert is of model_type roberta"):
-        relative.resolve_position_embedding_type(absolute, "some/bert", "relative_key")
