@@ -309,7 +309,7 @@ class RelativeBertSelfAttention(nn.Module):
             bias = bias + mask
         if sdpa:
             probabilities = None
-            bias = aligned_lines(bias)
+            bias = aligned_rows(bias)
             context = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=1.0)
         else:
             probabilities = F.dropout((query @ key.transpose(-1, -2) + bias).softmax(-1), dropout)
@@ -350,11 +350,11 @@ def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
     return mask.clamp(min=least).to(dtype)
 
 
-def aligned_lines(bias: torch.Tensor) -> torch.Tensor:
-    """(..., length, length) as lines that lie close together, each a multiple of 8 elements after the one before it.
+def aligned_rows(bias: torch.Tensor) -> torch.Tensor:
+    """The same (..., length, length) in rows that start 8 elements or a multiple of it apart.
 
-    torch's memory-efficient attention loads 16 bytes of bias at a time, and copies one whose strides are no multiples
-    of 8, or where it cannot takes the slow way.
+    torch's memory-efficient kernel loads 16 bytes at a time (its checks: mem_eff_attention/kernel_forward.h), and takes
+    no bias with other strides, such as the view that `relative_scores` returns.
     """
     length = bias.shape[-1]
     if length % 8:

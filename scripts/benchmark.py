@@ -180,12 +180,17 @@ def make_step(layer, hidden, kind: str):
         layer.train()
 
         def step():
-            output = layer(hidden)
-            (output[0] if isinstance(output, tuple) else output).sum().backward()
+            layer_output(layer, hidden).sum().backward()
             layer.zero_grad()
             hidden.grad = None
 
     return step
+
+
+def layer_output(layer, hidden):
+    """(batch, length, hidden): all that transformers' layer returns, the first of what ours does."""
+    output = layer(hidden)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def alternate(steps: dict, repeats: int, device) -> dict[str, float]:
