@@ -85,7 +85,7 @@ class RelativeBertForQuestionAnswering(PreTrainedModel):
             length = start_logits.shape[1]
             losses = []
             for each_logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
-                positions = positions.view(-1).clamp(0, length)  # DataParallel hands over (batch, 1)
+                positions = positions.reshape(-1).clamp(0, length)  # DataParallel hands over (batch, 1)
                 losses.append(F.cross_entropy(each_logits, positions, ignore_index=length))
             loss = sum(losses) / 2
 
