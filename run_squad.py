@@ -34,12 +34,9 @@ from data_qa import (
     make_train_features,
 )
 from legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, translate_flags
+from load_model import POSITION_EMBEDDING_TYPES, resolve_position_embedding_type
 from model_card import model_card
-from modeling_relative_bert import (
-    POSITION_EMBEDDING_TYPES,
-    RelativeBertForQuestionAnswering,
-    resolve_position_embedding_type,
-)
+from modeling_relative_bert import RelativeBertForQuestionAnswering
 from trainer_qa import (
     QuestionAnsweringTrainer,
     TrainingError,

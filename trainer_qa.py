@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
-from modeling_relative_bert import rename_extra_special_tokens
+from load_model import rename_extra_special_tokens
 from utils_qa import one_line, write_json
 
 logger = logging.getLogger(__name__)

@@ -112,7 +112,7 @@ def make_layers(size: str, length: int, dropout: float, device, dtype) -> dict:
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertLayer
 
-    from modeling_relative_bert import RelativeBertSelfAttention
+    from modeling_relative_bert import RelativeBertLayer
 
     hidden, heads = {"base": (768, 12), "large": (1024, 16)}[size]
     layers = {}
@@ -126,10 +126,9 @@ def make_layers(size: str, length: int, dropout: float, device, dtype) -> dict:
             position_embedding_type=position_type,
             attn_implementation="sdpa",
         )
-        layers[position_type] = BertLayer(config)
+        layers[position_type] = BertLayer(config) if position_type == "absolute" else RelativeBertLayer(config)
         if position_type != "absolute":
-            layers[position_type].attention.self = RelativeBertSelfAttention(config)
-            layers[f"{position_type} reference"] = BertLayer(config)
+            layers[f"{position_type} reference"] = RelativeBertLayer(config)
             layers[f"{position_type} reference"].attention.self = make_reference_attention(config)
     weights = layers["relative_key"].state_dict()
     for layer in layers.values():
@@ -146,7 +145,7 @@ def make_reference_attention(config):
     from modeling_relative_bert import RelativeBertSelfAttention
 
     class ReferenceSelfAttention(RelativeBertSelfAttention):
-        def forward(self, hidden_states, attention_mask=None, **kwargs):
+        def forward(self, hidden_states, attention_mask=None):
             batch, length, _ = hidden_states.shape
             heads = (batch, length, self.num_attention_heads, self.attention_head_size)
             query = self.query(hidden_states).view(heads).transpose(1, 2)  # (batch, heads, length, head size)
@@ -181,11 +180,17 @@ def make_step(layer, hidden, kind: str):
         layer.train()
 
         def step():
-            layer(hidden).sum().backward()
+            layer_output(layer, hidden).sum().backward()
             layer.zero_grad()
             hidden.grad = None
 
     return step
+
+
+def layer_output(layer, hidden):
+    """(batch, length, hidden): all that transformers' layer returns, the first of what ours does."""
+    output = layer(hidden)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def alternate(steps: dict, repeats: int, device) -> dict[str, float]:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering
+from torch.nn import functional as F
+from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering
 
 import modeling_relative_bert as relative
 from modeling_relative_bert import RelativeBertForQuestionAnswering, RelativeBertSelfAttention
@@ -116,29 +118,6 @@ def test_loads_a_4_57_6_folder_whole(position_type, tmp_path):
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / position_type))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_saved_tokenizer_suits_transformers_4(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "relative_key")
-    tokenizer.add_special_tokens({"extra_special_tokens": ["[extra]"]})
-    tokenizer.save_pretrained(tmp_path)
-    relative.rename_extra_special_tokens(tmp_path)
-    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert isinstance(saved.get("extra_special_tokens", {}), dict)  # 4.57.6 calls .keys() on it
-    assert saved["additional_special_tokens"] == ["[extra]"]
-
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    text = "Who was queen of Paris? [extra]"
-    assert again(text).input_ids == tokenizer(text).input_ids
-    assert again.extra_special_tokens == ["[extra]"]
-    before = (tmp_path / "tokenizer_config.json").read_bytes()
-    relative.rename_extra_special_tokens(tmp_path)
-    assert (tmp_path / "tokenizer_config.json").read_bytes() == before
-
-
-def test_rename_without_a_tokenizer_does_nothing(tmp_path):
-    relative.rename_extra_special_tokens(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 # Equal to the plain formula, where 4.57.6's golden files do not reach
@@ -261,6 +240,43 @@ def test_dropout_is_of_the_probabilities_and_repeats(position_type, attention):
         mean = torch.stack([layer(hidden)[0] for _ in range(2000)]).mean(0)
     torch.testing.assert_close(mean, expected, atol=0.03, rtol=0)
     torch.testing.assert_close(layer.eval()(hidden)[0], expected)
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("length", (1, 2, 16, 23, 40))
+@pytest.mark.parametrize("masked", (False, True))
+def test_bias_of_sdpa_is_aligned(position_type, length, masked, monkeypatch):
+    """Off the CPU and compiled, torch's memory-efficient kernel gets the bias: it takes multiples of 8 elements."""
+    biases = []
+    attend = F.scaled_dot_product_attention
+
+    def capture(query, key, value, bias, **kwargs):
+        biases.append(bias)
+        return attend(query, key, value, bias, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", capture)
+    layer = attention_layer(position_type, "sdpa")
+    hidden = torch.randn(3, length, 32, requires_grad=True)
+    mask = None
+    if masked:
+        mask = torch.ones(3, 1, 1, length, dtype=torch.bool)
+        mask[0, ..., max(1, length - 5) :] = False
+
+    copy.deepcopy(layer).to("meta")(hidden.to("meta"), mask if mask is None else mask.to("meta"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    output = layer(hidden, mask)[0]
+    for bias in biases:
+        assert bias.shape == (3, 2, length, length) and bias.stride(-1) == 1
+        assert all(stride % 8 == 0 for stride in bias.stride()[:-1]), bias.stride()
+        assert bias.stride(-2) < length + 8
+    assert [bias.device.type for bias in biases] == ["meta", "cpu"] and biases[1].data_ptr() % 16 == 0
+
+    weights = torch.randn_like(output)
+    results = []
+    for each in (output, plain_attention(layer, hidden, mask)):
+        results.append((each, *torch.autograd.grad((each * weights).sum(), (hidden, *layer.parameters()))))
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).norm() <= 1e-5 * plain.norm() + 1e-4
 
 
 # At home in transformers
@@ -407,6 +423,102 @@ def test_save_and_load_through_safetensors(position_type, tmp_path):
     torch.testing.assert_close(logits.float(), model(**small_batch()).start_logits, atol=0.02, rtol=0.05)
 
 
+@EACH_TYPE
+def test_loads_googles_names_and_saves_its_own(position_type, tmp_path):
+    """The hub's oldest files name LayerNorm's weights gamma and beta, and hold more than the model takes."""
+    weights = load_file(GOLDEN / position_type / "model.safetensors")
+    rename = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    googles = {
+        next((name.replace(ours, theirs) for ours, theirs in rename.items() if name.endswith(ours)), name): weight
+        for name, weight in weights.items()
+    }
+    more = {
+        "bert.embeddings.position_ids": torch.arange(24)[None],
+        "bert.pooler.dense.weight": torch.zeros(32, 32),
+        "bert.pooler.dense.bias": torch.zeros(32),
+        "cls.predictions.transform.LayerNorm.gamma": torch.ones(32),
+        "cls.predictions.bias": torch.zeros(25),
+    }
+    shutil.copytree(GOLDEN / position_type, tmp_path / "theirs")
+    save_file(googles | more, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    model, report = RelativeBertForQuestionAnswering.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert len(report["unexpected_keys"]) >= 4  # position_ids is left out by some versions
+    model.save_pretrained(tmp_path / "ours")
+    saved = load_file(tmp_path / "ours" / "model.safetensors")
+    assert saved.keys() == weights.keys()
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
+
+
+def test_token_embeddings_grow(tmp_path):
+    model = small_model("relative_key").eval()
+    before = model(**small_batch()).start_logits
+    model.resize_token_embeddings(60)
+    assert model.get_input_embeddings() is model.bert.embeddings.word_embeddings
+    assert model.get_input_embeddings().weight.shape == (60, 32) and model.config.vocab_size == 60
+    assert torch.equal(model(**small_batch()).start_logits, before)
+    model(**small_batch() | {"input_ids": torch.full((3, 20), 59)})
+    model.save_pretrained(tmp_path)
+    again = RelativeBertForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(again(**small_batch()).start_logits, before)
+
+
+@EACH_TYPE
+@EACH_ATTENTION
+def test_masks_of_every_form(position_type, attention):
+    model = small_model(position_type, attn_implementation=attention).eval()
+    batch = small_batch()
+    expected = model(**batch)
+    mask = batch["attention_mask"]
+    least = torch.finfo(torch.float).min
+    for form in (
+        mask.float(),
+        mask.bool(),
+        mask[:, None, None, :],
+        mask.bool()[:, None, None, :].expand(3, 1, 20, 20),
+        torch.where(mask.bool(), 0.0, least)[:, None, None, :],
+        torch.where(mask.bool(), 0.0, float("-inf"))[:, None, None, :].expand(3, 2, 20, 20),
+    ):
+        outputs = model(**batch | {"attention_mask": form})
+        torch.testing.assert_close(outputs.start_logits[mask.bool()], expected.start_logits[mask.bool()])
+    whole = {"attention_mask": torch.ones_like(mask)}
+    torch.testing.assert_close(model(**batch | whole), model(**batch | {"attention_mask": None}))
+
+
+@EACH_TYPE
+@EACH_ATTENTION
+@pytest.mark.parametrize("off_the_cpu", (False, True))
+def test_mask_of_another_dtype_hides_all(position_type, attention, off_the_cpu, monkeypatch):
+    """float32's least number is infinite in bfloat16, and a sequence of nothing but infinities is no number."""
+    if off_the_cpu:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    model = small_model(position_type, attn_implementation=attention).eval()
+    for least in (torch.finfo(torch.float).min, float("-inf")):
+        mask = torch.zeros(3, 1, 1, 20)
+        mask[0] = least
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(**small_batch() | {"attention_mask": mask}).loss.isfinite()
+
+
+def test_inputs_as_of_bert():
+    model = small_model("relative_key_query", attn_implementation="eager").eval()
+    batch = small_batch()
+    expected = model(**batch)
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    without_ids = {key: value for key, value in batch.items() if key != "input_ids"}
+    others = {"token_type_ids": torch.zeros(3, 20, dtype=torch.long), "position_ids": torch.arange(20)[None]}
+    torch.testing.assert_close(model(**without_ids, inputs_embeds=embeddings), expected)
+    torch.testing.assert_close(model(**batch, **others), expected)
+    columns = {key: batch[key][:, None] for key in ("start_positions", "end_positions")}
+    torch.testing.assert_close(model(**batch | columns).loss, expected.loss)
+    loss, start_logits, end_logits, hidden_states, attentions = model(
+        **batch, return_dict=False, output_hidden_states=True, output_attentions=True
+    )
+    assert torch.equal(loss, expected.loss) and torch.equal(end_logits, expected.end_logits)
+    assert len(hidden_states) == 3 and len(attentions) == 2
+    assert torch.equal(model.bert(batch["input_ids"], batch["attention_mask"])[0], hidden_states[-1])
+
+
 def test_classes_that_must_not_be_split_exist():
     """FSDP and device maps look these names up."""
     model = small_model("relative_key")
@@ -469,6 +581,20 @@ def test_refuses_more_tokens_than_positions():
     model(**small_batch(40))
 
 
+def test_refuses_inputs_that_do_not_fit():
+    model = small_model("relative_key", attn_implementation="sdpa")
+    batch = small_batch(20)
+    for changed, message in (
+        ({"attention_mask": torch.ones(3, 19)}, r"attention_mask has shape \(3, 19\), but .* 3 sequences of 20 tokens"),
+        ({"attention_mask": torch.ones(3, 20, 20)}, r"shape \(3, 20, 20\).*give it \(3, 20\), or four dimensions"),
+        ({"input_ids": None}, "exactly one of input_ids or inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(3, 20, 32)}, "exactly one of input_ids or inputs_embeds"),
+        ({"output_attentions": True}, "sdpa keeps no probabilities.*eager"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**batch | changed)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -479,6 +605,7 @@ def test_refuses_more_tokens_than_positions():
         ({"position_embedding_type": "absolute"}, "position_embedding_type is 'absolute'.*BertForQuestionAnswering"),
         ({"is_decoder": True}, "is_decoder is set"),
         ({"add_cross_attention": True}, "add_cross_attention is set"),
+        ({"num_attention_heads": 3}, "hidden_size is 32, not a multiple of num_attention_heads 3"),
     ],
 )
 def test_refuses_a_config_it_cannot_build(settings, message):
@@ -502,18 +629,3 @@ def test_attention_can_be_switched():
     inputs, golden = golden_batch("relative_key_query", "9_padded")
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(**inputs).start_logits, golden["start_logits"], atol=1e-5, rtol=0)
-
-
-def test_resolves_the_position_type():
-    absolute, own = (BertConfig.from_pretrained(GOLDEN / name) for name in ("absolute", "relative_key"))
-    assert relative.resolve_position_embedding_type(absolute, "some/bert") == "absolute"
-    assert relative.resolve_position_embedding_type(absolute, "some/bert", "relative_key") == "relative_key"
-    assert relative.resolve_position_embedding_type(own, "some/bert") == "relative_key"
-    assert relative.resolve_position_embedding_type(own, "some/bert", "relative_key_query") == "relative_key_query"
-    with pytest.raises(ValueError, match="some/bert was trained with relative_key and has no trained absolute"):
-        relative.resolve_position_embedding_type(own, "some/bert", "absolute")
-    with pytest.raises(ValueError, match="'rotary' is unknown: use one of absolute, relative_key, relative_key_query"):
-        relative.resolve_position_embedding_type(absolute, "some/bert", "rotary")
-    absolute.model_type = "roberta"
-    with pytest.raises(ValueError, match="relative_key is for BERT, but some/bert is of model_type roberta"):
-        relative.resolve_position_embedding_type(absolute, "some/bert", "relative_key")

@@ -14,7 +14,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
 from data_qa import WindowSettings, drop_misplaced_answers, make_features, read_squad_file
-from modeling_relative_bert import POSITION_EMBEDDING_TYPES, RelativeBertForQuestionAnswering
+from load_model import POSITION_EMBEDDING_TYPES
+from modeling_relative_bert import RelativeBertForQuestionAnswering
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = (ROOT / "scripts" / "quickstart.sh").read_text(encoding="utf-8")

@@ -1,0 +1,83 @@
+"""The check over versions, in the one that is installed: nothing is installed here."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import check_versions  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    check_versions.save_models(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def this_environment(monkeypatch):
+    """This environment in place of all others."""
+    monkeypatch.setattr(check_versions, "environment_python", lambda environments, version: sys.executable)
+
+
+def test_a_line_for_each_version_and_1_if_one_fails(capsys):
+    installed = transformers.__version__
+    assert check_versions.main(["--versions", installed]) == 0
+    assert check_versions.main(["--versions", "5.0.0", installed]) == 1
+    ok, other, ok_again = capsys.readouterr().out.splitlines()
+    assert ok.startswith(f"{installed}   ok      with trust_remote_code, logits differ by ")
+    assert other == f"5.0.0    FAILED  the environment has transformers {installed}"
+    assert ok_again.split()[:2] == [installed, "ok"]
+
+
+@pytest.mark.parametrize(
+    ("code", "broken", "failure"),
+    [
+        (
+            "import torch\n",
+            "import torch\nimport transformers.no_such_module\n",
+            "eager: ModuleNotFoundError: No",
+        ),
+        ("query_rows = rows.flip(0)", "query_rows = rows", "sdpa: AssertionError: loaded: start_logits is off by"),
+        ("requires_grad_(False)", "requires_grad_(True)", "[] take no gradient"),
+        ('kwargs.setdefault("save_original_format", False)', "pass", "saves weights under other names: ['bert"),
+        ("(GradientCheckpointingLayer)", "(nn.Module)", "not compatible with gradient checkpointing"),
+        ("                hidden_states.append(hidden)", "                pass", "hidden states have shapes"),
+    ],
+)
+def test_what_is_wrong_with_the_code_is_found(saved, tmp_path, code, broken, failure):
+    name = "relative_key_query as Google names weights"
+    shutil.copytree(saved / name, tmp_path / name)
+    model_file = tmp_path / name / "modeling_relative_bert.py"
+    text = model_file.read_text()
+    assert code in text
+    model_file.write_text(text.replace(code, broken))
+    failures = check_versions.run_check(sys.executable, tmp_path)["failures"]
+    assert any(each.startswith(name) and failure in each for each in failures), failures
+
+
+def test_absolute_positions_would_show(saved):
+    """What transformers makes of the weights without the code beside them is far off."""
+    expected = load_file(saved / "relative_key" / "expected.safetensors")
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(saved / "relative_key")
+    logits = check_versions.expected_tensors(model)["start_logits"]
+    assert (logits - expected["start_logits"]).abs().max() > 1000 * check_versions.LOGIT_TOLERANCE
+
+
+def test_compare():
+    expected = {"loss": torch.tensor(1.0), "gradient of a": torch.ones(4)}
+    assert check_versions.compare(expected, expected, "loaded") == 0
+    for changed, message in (
+        ({"loss": torch.tensor(1.001)}, "loaded: loss is off by 1.0e-03, and 1.0e-04 is allowed"),
+        ({"loss": torch.tensor(float("nan"))}, "loss is off by nan"),
+        ({"gradient of a": torch.full((4,), 1.001)}, "gradient of a is off by 2.0e-03"),
+        ({"gradient of b": torch.ones(4)}, "gradient of b is on one side only"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            check_versions.compare(expected | changed, expected, "loaded")
