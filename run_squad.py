@@ -67,6 +67,8 @@ OUT_OF_MEMORY = (
     "Halve --per_device_train_batch_size and double --gradient_accumulation_steps (in evaluation halve "
     "--per_device_eval_batch_size), or try --gradient_checkpointing, --bf16 or a smaller --max_seq_length"
 )
+# One of these is set where a launcher has started this process.
+LAUNCHER_VARIABLES = "LOCAL_RANK WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
 RUN_STATE = "run_state.json"  # how far the run in an output_dir has come: training, trained or finished
 # How questions become answers and which were evaluated, so that ask.py and report.py need not be told again.
 QA_SETTINGS = "qa_settings.json"
@@ -229,6 +231,9 @@ class QATrainingArguments(TrainingArguments):
         best = self.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in METRIC_NAMES:
             raise ValueError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}")
+        if self.ddp_backend is not None and not any(name in os.environ for name in LAUNCHER_VARIABLES):
+            logger.warning("--ddp_backend %s has no effect: without torchrun there is one process.", self.ddp_backend)
+            self.ddp_backend = None
         if self.use_cpu or torch.cuda.is_available():
             meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
         super().__post_init__()

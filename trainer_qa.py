@@ -42,11 +42,11 @@ LOSS_STATE = "loss_state_{rank}.json"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # What is used here of the Trainer beside its public methods, and the versions of transformers that it was tested with.
-PRIVATE_PARTS = """
-    _determine_best_metric _evaluate _get_eval_sampler _get_grad_norm _get_train_sampler _globalstep_last_logged
-    _load_best_model _load_from_checkpoint _maybe_log_save_evaluate _run_epoch _save _save_checkpoint
-    _set_signature_columns_if_needed _signature_columns _total_loss_scalar _tr_loss
+PRIVATE_METHODS = """
+    _determine_best_metric _evaluate _get_eval_sampler _get_grad_norm _get_train_sampler _load_best_model
+    _load_from_checkpoint _maybe_log_save_evaluate _run_epoch _save _save_checkpoint _set_signature_columns_if_needed
 """.split()
+PRIVATE_ATTRIBUTES = "_globalstep_last_logged _signature_columns _total_loss_scalar _tr_loss".split()
 TESTED_VERSIONS = ("5.18.0", "5.24.0")
 
 
@@ -592,9 +592,10 @@ def _set_up_tracker(tracker: str, setup: Callable, *args, **kwargs) -> None:
 
 def check_private_parts(trainer_class: type) -> None:
     """Raises ImportError where the Trainer lacks a part that is used here, naming it and both versions."""
-    functions = [value for value in vars(trainer_class).values() if inspect.isfunction(value)]
-    known = set(vars(trainer_class)).union(*(function.__code__.co_names for function in functions))
-    missing = [name for name in PRIVATE_PARTS if name not in known]
+    methods = vars(trainer_class)
+    attributes = set().union(*(value.__code__.co_names for value in methods.values() if inspect.isfunction(value)))
+    missing = [name for name in PRIVATE_METHODS if name not in methods]
+    missing += [name for name in PRIVATE_ATTRIBUTES if name not in attributes]
     if missing:
         raise ImportError(
             f"the Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which this program "

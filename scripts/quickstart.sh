@@ -2,7 +2,7 @@
 # Makes a toy SQuAD (toy_squad/), teaches a BERT with relative positions to answer its questions from scratch
 # (quickstart_output/), and shows how well it answers questions on texts that it never saw. Minutes on 2 cores.
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/setup.sh" requirements.txt
 
 # A model this small gains little from a second thread, and loses much where another program needs the other core.
 export OMP_NUM_THREADS=1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_bert, tiny_questions
@@ -287,6 +288,17 @@ def test_a_text_cannot_command_the_terminal():
     answer = {"answer": text, "probability": 1.0, "start": 0, "end": len(text), "n_best": []}
     shown = ask.show(answer, text, in_color=False)
     assert not {"\033", "\x07", "\u202e"} & set(shown) and "evil" in shown
+
+
+def test_a_cuda_build_of_torch_without_a_gpu_is_a_cpu(model, text_file, monkeypatch, capsys):
+    """There torch names cuda as the accelerator that it was built for, whether or not there is one."""
+
+    def built_for_cuda(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    (answer,) = ask_json(capsys, model, "--context_file", text_file, "--question", "who lives in rome ?", *WINDOWS)
+    assert answer["n_best"]
 
 
 def test_model_is_the_one_that_was_saved(models):

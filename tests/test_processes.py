@@ -289,3 +289,9 @@ def test_accelerate_launch(command, two_processes, tmp_path):
     done = run(*ACCELERATE, *launcher, f"--main_process_port={free_port()}", launch.ROOT / "run_squad.py", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path) == weights(two_processes)
+
+
+def test_a_backend_without_a_launcher_has_no_effect_and_says_so(command, tmp_path):
+    done = launch.run(*command, "--max_steps", "1", "--ddp_backend", "gloo", "--output_dir", tmp_path)
+    assert done.exit_codes == [0], done.err[0][-2000:]
+    assert "--ddp_backend gloo has no effect: without torchrun there is one process." in done.err[0]

@@ -11,12 +11,14 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+import transformers
 from launch import At
 from safetensors.torch import load_file
 from tiny import tiny_bert, tiny_questions
+from transformers import Trainer
 
 from run_squad import parse_arguments
-from trainer_qa import QuestionAnsweringTrainer, broken_checkpoints, whole_checkpoints
+from trainer_qa import QuestionAnsweringTrainer, broken_checkpoints, check_private_parts, whole_checkpoints
 
 TRAINER = "trainer_qa.QuestionAnsweringTrainer"
 # 48 windows of 16 questions, 12 steps an epoch on one process.
@@ -522,3 +524,32 @@ def test_fsdp_needs_gpus(tmp_path):
         parse_arguments([*argv, "--fsdp", "full_shard"])
     with pytest.raises(ValueError, match="--enable_jit_checkpoint"):
         parse_arguments([*argv, "--enable_jit_checkpoint"])
+
+
+# ---- Other versions of transformers ----
+
+
+def test_a_trainer_that_lacks_a_part_is_refused_by_name(monkeypatch):
+    check_private_parts(Trainer)
+    monkeypatch.delattr(Trainer, "_run_epoch")
+    with pytest.raises(ImportError) as refused:
+        check_private_parts(Trainer)
+    assert str(refused.value) == (
+        f"the Trainer of transformers {transformers.__version__} has no _run_epoch, which this program needs; it was "
+        "tested with 5.18.0 to 5.24.0: pip install transformers==5.24.0"
+    )
+    monkeypatch.setattr("trainer_qa.PRIVATE_ATTRIBUTES", ["_tr_loss", "_no_such_sum"])
+    with pytest.raises(ImportError, match="has no _run_epoch, _no_such_sum, which"):
+        check_private_parts(Trainer)
+
+
+def without_a_part():
+    del Trainer._run_epoch
+
+
+def test_it_is_one_line_before_training(command, tmp_path):
+    stopped = launch.run(*command, "--output_dir", tmp_path / "out", patch=patched(without_a_part))
+    assert stopped.exit_codes == [1]
+    assert "has no _run_epoch" in stopped.err[0].splitlines()[-1]
+    assert "Traceback" not in stopped.err[0]
+    assert not (tmp_path / "out").exists()
