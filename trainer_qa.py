@@ -9,7 +9,6 @@ What transformers' Trainer does not do, and this one does:
 """
 
 import contextlib
-import datetime
 import functools
 import inspect
 import json
@@ -26,18 +25,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.trainer_utils import speed_metrics
 
-from load_model import rename_extra_special_tokens
+from qa.load_model import load_weights, rename_extra_special_tokens
+from qa.processes import TrainingError, gather, on_main_process
+from qa.run_folder import checkpoint_folder, mark_whole, remove_checkpoint, rotate_checkpoints, same_command
 from utils_qa import one_line, write_json
 
 logger = logging.getLogger(__name__)
 
-# Written into a checkpoint's folder when everything else of it stands there.
-WHOLE_CHECKPOINT = "checkpoint_complete.json"
 LOSS_STATE = "loss_state_{rank}.json"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -59,10 +57,6 @@ class TrainingStopped(Exception):
             f"{same_command(training_args)} again to go on"
         )
         self.exit_status = 128 + signal_number
-
-
-class TrainingError(Exception):
-    """Training cannot go on; the message is one line for the user."""
 
 
 class EvaluationAbandoned(Exception):
@@ -352,11 +346,6 @@ class QuestionAnsweringTrainer(Trainer):
             "nonfinite_steps": self.nonfinite_steps,
             "evaluation_due": self.evaluation_due,
         }
-        mark = {
-            "global_step": self.state.global_step,
-            "resumable": not self.args.save_only_model,
-            "settings": self.run_settings,
-        }
         if self.args.should_save and os.path.exists(folder):
             remove_checkpoint(folder)
         self._barrier()
@@ -366,8 +355,7 @@ class QuestionAnsweringTrainer(Trainer):
                 write_json(os.path.join(folder, LOSS_STATE.format(rank=self.args.process_index)), loss_state)
             with self._fail_together(folder):
                 if self.args.should_save:
-                    _flush_to_disk(folder)
-                    write_json(os.path.join(folder, WHOLE_CHECKPOINT), mark)
+                    mark_whole(folder, self.state.global_step, not self.args.save_only_model, self.run_settings)
         except TrainingError:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -378,20 +366,12 @@ class QuestionAnsweringTrainer(Trainer):
             raise self._stopped(folder)
 
     def _checkpoint_folder(self) -> str:
-        return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        return checkpoint_folder(self.args.output_dir, self.state.global_step)
 
     def _rotate_checkpoints(self) -> None:
-        if not self.save_total_limit or self.save_total_limit < 0:
-            return
-        checkpoints = whole_checkpoints(self.args.output_dir)
         newest = self._checkpoint_folder()  # there may be later steps of a run that this one has left behind
         kept = {os.path.basename(folder) for folder in (self.state.best_model_checkpoint, newest) if folder}
-        excess = max(len(checkpoints) - max(self.save_total_limit, len(kept)), 0)
-        for folder in [folder for folder in checkpoints if os.path.basename(folder) not in kept][:excess]:
-            try:
-                remove_checkpoint(folder)
-            except OSError as error:
-                logger.warning("Cannot remove the old checkpoint %s: %s.", folder, error)
+        rotate_checkpoints(self.args.output_dir, self.save_total_limit, kept)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # The Trainer would look for the model's own names alone, and only warn where a weight is not there.
@@ -414,7 +394,7 @@ class QuestionAnsweringTrainer(Trainer):
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # else other --save_steps would have no effect
         if self.state.best_global_step:
-            best = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            best = checkpoint_folder(self.args.output_dir, self.state.best_global_step)
             if os.path.isdir(best):  # also where output_dir was moved
                 self.state.best_model_checkpoint = best
         file = Path(self._resumed_from, LOSS_STATE.format(rank=self.args.process_index))
@@ -451,7 +431,7 @@ class QuestionAnsweringTrainer(Trainer):
         except Exception as error:
             # A full disk comes as OSError, RuntimeError or safetensors' own error, depending on the file.
             failure = error
-        reasons = [reason for reason in gather(failure and _first_line(failure)) if reason]
+        reasons = [reason for reason in gather(failure and one_line(failure)) if reason]
         if reasons:
             raise TrainingError(f"cannot write {place}: {reasons[0]}. What was whole before still is") from failure
 
@@ -604,198 +584,6 @@ def check_private_parts(trainer_class: type) -> None:
         )
 
 
-def load_weights(model: PreTrainedModel, folder: str) -> None:
-    """Loads all weights of `model` from `folder`, whatever names they have there that transformers can read.
-
-    Raises TrainingError that names the weights which are missing, left over or of another shape.
-    """
-    try:
-        loaded, report = type(model).from_pretrained(
-            folder, config=model.config, dtype=model.dtype, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise TrainingError(f"cannot load the weights in {folder}: {one_line(error)}") from error
-    check_all_weights(report, folder)
-    model.load_state_dict(loaded.state_dict())
-
-
-def check_all_weights(report: dict, folder: str) -> None:
-    """Raises TrainingError for what from_pretrained reports to be missing or left over in `folder`."""
-    wrong = [
-        f"{kind}: {', '.join(sorted(report[key]))}"
-        for kind, key in (("missing", "missing_keys"), ("left over", "unexpected_keys"))
-        if report[key]
-    ]
-    if wrong:
-        raise TrainingError(f"the weights in {folder} are not those of this model. {'; '.join(wrong)}")
-
-
-def whole_checkpoints(output_dir: str | os.PathLike) -> list[str]:
-    """The folders of the whole checkpoints in `output_dir`, by step, the newest last."""
-    return [folder for folder in _checkpoints(output_dir) if os.path.exists(os.path.join(folder, WHOLE_CHECKPOINT))]
-
-
-def broken_checkpoints(output_dir: str | os.PathLike) -> list[str]:
-    """The folders of checkpoints in `output_dir` that were never finished, or partly removed, by step."""
-    return [folder for folder in _checkpoints(output_dir) if not os.path.exists(os.path.join(folder, WHOLE_CHECKPOINT))]
-
-
-def _checkpoints(output_dir) -> list[str]:
-    steps = {}
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal() and folder.is_dir():
-            steps[int(step)] = os.path.normpath(folder)
-    return [steps[step] for step in sorted(steps)]
-
-
 def _collate_with_index(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
     """The batch with the questions that its windows are of, so that an error can name them."""
     return {**collate(rows), "example_index": torch.tensor([row["example_index"] for row in rows])}
-
-
-def _flush_to_disk(folder: str) -> None:
-    """Waits until the files in `folder` would survive a loss of power too."""
-    for file in os.scandir(folder):
-        if file.is_file():
-            descriptor = os.open(file.path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def remove_checkpoint(folder: str) -> None:
-    """Removes a checkpoint, its mark of being whole first, so that a kill in between leaves no half that counts."""
-    Path(folder, WHOLE_CHECKPOINT).unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
-def checkpoint_to_resume(output_dir: str | os.PathLike, settings: dict) -> str | None:
-    """The newest whole checkpoint of this run, or None.
-
-    Raises ValueError where it belongs to a run with other settings, naming them.
-    """
-    broken = broken_checkpoints(output_dir)
-    if broken:
-        logger.warning("Not whole, so not loaded: %s.", ", ".join(broken))
-    whole = whole_checkpoints(output_dir)
-    if whole:
-        check_settings(_mark(whole[-1])["settings"], settings, whole[-1])
-    resumable = [folder for folder in whole if _mark(folder)["resumable"]]
-    return resumable[-1] if resumable else None
-
-
-def check_same_run(checkpoint: str, settings: dict) -> None:
-    """Raises ValueError where `checkpoint` is not whole or was written by a run with other settings, naming them."""
-    if not os.path.isdir(checkpoint):
-        raise ValueError(f"--resume_from_checkpoint {checkpoint}: there is no such folder")
-    if not os.path.exists(os.path.join(checkpoint, WHOLE_CHECKPOINT)):
-        raise ValueError(
-            f"the checkpoint {checkpoint} is not whole: it has no {WHOLE_CHECKPOINT}; name another one or start anew"
-        )
-    mark = _mark(checkpoint)
-    if not mark["resumable"]:
-        raise ValueError(f"the checkpoint {checkpoint} holds weights alone (--save_only_model): it cannot be resumed")
-    check_settings(mark["settings"], settings, checkpoint)
-
-
-def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> None:
-    """Raises ValueError that names what differs between the settings of the run in `folder` and those of this one."""
-    changed = [
-        f"{name} is {settings.get(name)!r}, was {value!r}"
-        for name, value in earlier.items()
-        if settings.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"cannot go on with {folder}, which belongs to another run: {'; '.join(changed)}. Use the same flags, "
-            "another --output_dir, or --overwrite_output_dir to start anew"
-        )
-
-
-def remove_checkpoints(output_dir: str | os.PathLike) -> None:
-    for folder in _checkpoints(output_dir):
-        remove_checkpoint(folder)
-
-
-def meet_after_restart(backend: str, timeout: float) -> None:
-    """Brings together the processes of a run that torchrun has started again; does nothing in any other run.
-
-    torchrun's restarted processes meet in the store of those before them (torch 2.13), and wait for ever where one of
-    them reads the address of one that is gone. Under a name of its own a restart finds only itself. Several agents
-    count their restarts apart, and so cannot agree on a name: they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
-    """
-    environment = os.environ
-    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if restarts == "0" or not shares_store or environment["GROUP_WORLD_SIZE"] != "1" or dist.is_initialized():
-        return
-    address, port, world_size = (environment[name] for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
-    patience = datetime.timedelta(seconds=timeout)
-    store = dist.TCPStore(address, int(port), int(world_size), is_master=False, timeout=patience)
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(f"restart-{restarts}", store),
-        rank=int(environment["RANK"]),
-        world_size=int(world_size),
-        timeout=patience,
-    )
-
-
-def was_restarted() -> bool:
-    """Has a launcher given this command again, after its processes died? Every process must ask, and hears the same."""
-    counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    return any(gather(any(count != "0" for count in counts)))
-
-
-def gather(value) -> list:
-    """The values of all processes, by rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def on_main_process(function: Callable):
-    """What `function()` returns on the main process, on every process; where it fails there, every process fails.
-
-    Raises the ValueError of `function`, and `TrainingError` for an OSError, such as a full disk.
-    """
-    if dist.is_initialized() and dist.get_rank() > 0:
-        shared = [None, None, False]
-        dist.broadcast_object_list(shared, src=0)
-        result, message, is_value_error = shared
-        if message is not None:
-            raise ValueError(message) if is_value_error else TrainingError(message)
-        return result
-    result = failure = None
-    try:
-        result = function()
-    except Exception as error:
-        failure = TrainingError(f"cannot write: {_first_line(error)}") if isinstance(error, OSError) else error
-    if dist.is_initialized():
-        message = None if failure is None else str(failure)
-        dist.broadcast_object_list([result, message, isinstance(failure, ValueError)], src=0)
-    if failure is not None:
-        raise failure
-    return result
-
-
-def _mark(checkpoint: str) -> dict:
-    return json.loads(Path(checkpoint, WHOLE_CHECKPOINT).read_text(encoding="utf-8"))
-
-
-def same_command(training_args) -> str:
-    """How to say "the same command" where it is to go on with what stands in output_dir."""
-    given = {
-        "--overwrite_output_dir": training_args.overwrite_output_dir,
-        "--resume_from_checkpoint": training_args.resume_from_checkpoint,
-    }
-    without = " and ".join(flag for flag, value in given.items() if value)
-    return f"the same command, without {without}," if without else "the same command"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,7 @@ import os
 
 from transformers import PreTrainedConfig
 
-from modeling_relative_bert import RELATIVE_TYPES
+from qa.modeling_relative_bert import RELATIVE_TYPES
 
 POSITION_EMBEDDING_TYPES = ("absolute", *RELATIVE_TYPES)
 
