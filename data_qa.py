@@ -29,6 +29,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+import hub
 from utils_qa import one_line
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,9 @@ def load_examples(
 
 
 def _load_hub_dataset(name: str, config_name: str | None, cache_dir: str | None, token) -> dict[str, Dataset]:
-    try:
-        dataset_splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"--dataset_name {name}: cannot be loaded from the hub or its cache ({one_line(error)}); check the name, "
-            f"--dataset_config_name and the network, or give --train_file and --validation_file"
-        ) from error
+    what = f"--dataset_name {name}: cannot be loaded from the hub or its cache"
+    with hub.loading(what, name, "dataset", token=token, cache_dir=cache_dir) as id_:
+        dataset_splits = datasets.load_dataset(id_, config_name, cache_dir=cache_dir, token=token)
     return {
         split: _conform_hub_split(dataset, f"{name} ({split})")
         for split, dataset in dataset_splits.items()

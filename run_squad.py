@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import TrainerState
 
+import hub
 from data_qa import (
     QADataCollator,
     WindowSettings,
@@ -54,6 +54,7 @@ from trainer_qa import (
 from utils_qa import one_line, postprocess_qa_predictions, squad_scores, write_json, write_predictions, write_text
 
 logger = logging.getLogger("run_squad")
+OUR_LOGGERS = ("run_squad", "data_qa", "hub", "trainer_qa")
 
 METRIC_NAMES = """
     exact f1 total HasAns_exact HasAns_f1 HasAns_total NoAns_exact NoAns_f1 NoAns_total
@@ -398,7 +399,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
     )
     refuse_unknown_flags(parser, argv)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    set_up_logging(training_args)
+    set_up_logging(logging.INFO if training_args.process_index == 0 else logging.ERROR)
     for notice in notices:
         logger.info(notice)
     check_arguments(data_args, training_args)
@@ -430,16 +431,21 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
             raise ValueError(f"--report_to {tracker}: it is not installed; pip install it or leave the flag out")
 
 
-def set_up_logging(training_args: QATrainingArguments) -> None:
-    """The main process says what it does; the others, and the libraries, speak up only when something is wrong."""
+def set_up_logging(level: int) -> None:
+    """This program speaks from `level` on; the libraries only when something is wrong, whichever there are."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
-        level=logging.INFO if training_args.process_index == 0 else logging.ERROR,
+        level=max(level, logging.WARNING),
         force=True,
     )
+    for module in OUR_LOGGERS:
+        logging.getLogger(module).setLevel(level)
     for library in ("accelerate", "datasets", "evaluate", "filelock", "fsspec", "httpx", "urllib3"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+        logging.getLogger(library).setLevel(logging.ERROR)  # their warnings say nothing to a user
+    hub_logger = logging.getLogger("huggingface_hub")
+    hub_logger.setLevel(max(level, logging.WARNING))
+    hub_logger.handlers.clear()  # its own would print each line a second time
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and writing weights; the Trainer's own stay
 
@@ -531,9 +537,10 @@ def load_model(model_args: ModelArguments, config, folder: str | None = None):
     model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
     name = folder or model_args.model_name_or_path
     # float32 whatever the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
-    model, info = _from_hub(
-        model_class, name, model_args, "a model", config=config, output_loading_info=True, dtype=torch.float32
-    )
+    with hub.download_bars():
+        model, info = _from_hub(
+            model_class, name, model_args, "a model", config=config, output_loading_info=True, dtype=torch.float32
+        )
     if any("distance_embedding" in key for key in info["unexpected_keys"]):
         raise ValueError(
             f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
@@ -563,17 +570,10 @@ def check_length(max_seq_length: int, model, tokenizer) -> None:
 
 
 def _from_hub(auto_class, name, model_args: ModelArguments, what: str, **kwargs):
-    try:
-        return auto_class.from_pretrained(
-            name,
-            cache_dir=model_args.cache_dir,
-            revision=model_args.model_revision,
-            token=model_args.token,
-            trust_remote_code=model_args.trust_remote_code,
-            **kwargs,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot load {what} from {name}: {one_line(error)}") from error
+    failed = f"cannot load {what} from {name}"
+    source = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
+    with hub.loading(failed, name, "model", **source):
+        return auto_class.from_pretrained(name, trust_remote_code=model_args.trust_remote_code, **source, **kwargs)
 
 
 # ---- Data ----

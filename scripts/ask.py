@@ -11,6 +11,7 @@ The text may be of any length: it goes through the same windows and the same spa
 import argparse
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -25,14 +26,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets  # noqa: E402
-import transformers  # noqa: E402
-from huggingface_hub import hf_hub_download  # noqa: E402
-from huggingface_hub.errors import EntryNotFoundError  # noqa: E402
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache  # noqa: E402
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: E402
 
+import hub  # noqa: E402
 import run_squad  # noqa: E402
 from data_qa import QADataCollator, WindowSettings, make_features  # noqa: E402
 from legacy_flags import OneLineParser  # noqa: E402
 from utils_qa import postprocess_qa_predictions  # noqa: E402
+
+logger = logging.getLogger("run_squad")
 
 WINDOWS_PER_BATCH = 16
 RUNNERS_UP = 3
@@ -74,8 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def ask(args: argparse.Namespace) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    run_squad.set_up_logging(logging.WARNING)
     datasets.disable_progress_bars()
 
     if args.question is not None:
@@ -203,8 +205,18 @@ def settings_of(model_dir: str) -> dict:
         folder = folder.parent
     file = folder / run_squad.QA_SETTINGS
     if not folder.is_dir():
-        with contextlib.suppress(EntryNotFoundError):
-            file = Path(hf_hub_download(model_dir, run_squad.QA_SETTINGS))
+        with hub.loading(f"cannot load {run_squad.QA_SETTINGS} from {model_dir}", model_dir, "model", revision="main"):
+            try:
+                file = Path(hf_hub_download(model_dir, run_squad.QA_SETTINGS))
+            except LocalEntryNotFoundError:  # and not known to be missing on the hub
+                if try_to_load_from_cache(model_dir, run_squad.QA_SETTINGS) is not _CACHED_NO_EXIST:
+                    logger.warning(
+                        "The cache does not hold %s of %s: run_squad.py's defaults are taken.",
+                        run_squad.QA_SETTINGS,
+                        model_dir,
+                    )
+            except EntryNotFoundError:
+                pass
     if not file.exists():
         return {}
     try:

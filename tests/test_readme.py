@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_cache import cache_dataset, cache_model
-from tiny import tiny_bert, tiny_questions
+from hub_server import Hub, published
 
 import run_squad
-from data_qa import read_squad_file
 
 ROOT = Path(run_squad.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,8 +33,20 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
-    """A folder with the repository's files, the README's own files, and the hub's names in a cache."""
+def hub(tmp_path):
+    """Holds every name that the README's commands and the recipes take from there."""
+    (tmp_path / "made").mkdir()
+    hub = Hub(published(tmp_path / "made", train=8, validation=8))
+    recipes = "".join(path.read_text() for path in (ROOT / "scripts").glob("train_*.sh"))
+    for name in set(re.findall(r"--model_name_or_path (\w[\w.-]*/[\w.-]+)", README + recipes)):
+        assert ("models", name) in hub.repositories
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def workplace(tmp_path, hub) -> Path:
+    """A folder with the repository's files and the README's own files."""
     for name in ("run_squad.py", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     (own_file,) = blocks("json")
@@ -48,22 +58,19 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
     arguments = {"model_name_or_path": "squad_model", "dataset_name": "squad", "do_eval": True, "output_dir": "again"}
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
-
-    hub = tmp_path / "hub"
-    squad = read_squad_file(tiny_questions(tmp_path / "squad.json"), cache_dir=str(tmp_path / "cache"))
-    cache_dataset(hub, "squad", "plain_text", {"train": squad, "validation": squad})
-    recipes = "".join(path.read_text() for path in (ROOT / "scripts").glob("train_*.sh"))
-    for name in set(re.findall(r"--model_name_or_path (\w[\w.-]*/[\w.-]+)", README + recipes)):
-        position_type = "relative_key_query" if "relative" in name else "absolute"
-        cache_model(hub, name, Path(tiny_bert(tmp_path / "made" / name, position_type, max_positions=512)))
-    monkeypatch.setenv("HF_HOME", str(hub))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
 
+def run(command: str, workplace: Path, environment: dict[str, str]) -> None:
+    environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-euc", command], cwd=workplace, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, command + done.stderr[-3000:]
+    assert "HTTP Request" not in done.stderr
+
+
 @pytest.mark.slow
-def test_every_command_runs_in_order(workplace):
+def test_every_command_runs_in_order(workplace, hub):
+    """With nothing but a hub; and those that load from there again, with nothing but the cache."""
     commands = [(command.replace("--nproc_per_node=8", "--nproc_per_node=2"), {}) for command in blocks("bash")]
     assert len(commands) >= 5
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
@@ -71,12 +78,18 @@ def test_every_command_runs_in_order(workplace):
     assert found == SENTENCES.keys()
     commands += [(f"{command} {flags}", variables) for command, (flags, variables) in SENTENCES.items()]
     for command, variables in commands:
-        environment = {**os.environ, **variables}
-        done = subprocess.run(["bash", "-euc", command], cwd=workplace, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, command + done.stderr[-3000:]
+        run(command, workplace, hub.environment(workplace / "home", **variables))
     assert json.loads((workplace / "my_answers" / "predict_predictions.json").read_text()).keys() == {"curie-1"}
     for code in blocks("python"):
         subprocess.run([sys.executable, "-c", code], cwd=workplace, check=True, capture_output=True)
+
+    hub.stop()
+    from_hub = [command.strip() for command, _ in commands if "--dataset_name" in command]
+    assert len(from_hub) >= 2
+    offline = hub.environment(workplace / "home", HF_HUB_OFFLINE="1")
+    for command in from_hub:
+        run(f"{command} --overwrite_output_dir", workplace, offline)
+    hub.start()
 
 
 def recipe_commands() -> list[str]:
@@ -90,12 +103,16 @@ def recipe_commands() -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_recipe_of_the_table_runs(workplace):
+def test_every_recipe_of_the_table_runs(workplace, hub):
     commands = recipe_commands()
     assert len(commands) == len(re.findall(r"^\| .*(?:exact|f1) \d+\.\d+.* \| no \|$", README, flags=re.MULTILINE)) == 6
     for command in commands:
-        done = subprocess.run(["bash", "-euc", command], cwd=workplace, capture_output=True, text=True)
-        assert done.returncode == 0, command + done.stderr[-3000:]
+        run(command, workplace, hub.environment(workplace / "home"))
+    hub.stop()
+    (other_model,) = [command for command in commands if "--model_name_or_path" in command]
+    offline = hub.environment(workplace / "home", HF_HUB_OFFLINE="1")
+    run(f"{other_model} --overwrite_output_dir", workplace, offline)
+    hub.start()
 
 
 def test_every_flag_and_file_exists():

@@ -1,4 +1,4 @@
-"""The three published commands, as published, with tiny stand-ins for the hub's models and its squad."""
+"""The three published commands, as published, against a hub that holds small models and a small squad."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_cache import cache_dataset, cache_model
+from hub_server import Hub, published
 from tiny import tiny_bert, tiny_questions
 
 from data_qa import read_squad_file
@@ -82,44 +83,36 @@ torchrun --nproc_per_node=8 ./examples/question-answering/run_squad.py \
 }
 
 
+# What may stand on the screen: the program's own lines and progress bars.
+OUR_LINE = re.compile(
+    r"\d\d:\d\d:\d\d INFO (?!HTTP Request)"
+    r"|((Training|Answering|(train|validation) features \(\w+\)|Generating \w+ split): )? *\d+%\|.*\| \d+/\d+ \["
+)
+
+
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> Path:
-    """A cache folder with the published names: squad, and untrained BERTs of one layer."""
-    root = tmp_path_factory.mktemp("hub")
-    splits = {}
-    for split, paragraphs in (("train", TRAIN_QUESTIONS // 2), ("validation", VALIDATION_QUESTIONS // 2)):
-        file = tiny_questions(root / f"{split}.json", paragraphs=paragraphs)
-        splits[split] = read_squad_file(file, cache_dir=str(root / "cache"))
-    cache_dataset(root, "squad", "plain_text", splits)
-    for position_type, name in [
-        ("relative_key_query", "zhiheng-huang/bert-base-uncased-embedding-relative-key-query"),
-        ("relative_key_query", "zhiheng-huang/bert-large-uncased-whole-word-masking-embedding-relative-key-query"),
-        ("absolute", "google-bert/bert-large-uncased-whole-word-masking"),
-    ]:
-        cache_model(root, name, Path(tiny_bert(root / "made" / name, position_type, max_positions=512)))
-    return root
+def hub(tmp_path_factory):
+    hub = Hub(published(tmp_path_factory.mktemp("hub"), TRAIN_QUESTIONS, VALIDATION_QUESTIONS))
+    yield hub
+    hub.stop()
 
 
-def run_in_bash(text: str, folder: Path, hub: Path) -> subprocess.CompletedProcess:
+def run_in_bash(text: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
     script = folder / "command.sh"
     script.write_text(text)
-    environment = {
-        **os.environ,
-        "HF_HOME": str(hub),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    environment.pop("HF_DATASETS_CACHE", None)
+    environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(["bash", str(script)], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def check_published_command(recipe: str, processes: int, folder: Path, hub: Path) -> None:
+def check_published_command(recipe: str, processes: int, folder: Path, environment: dict[str, str]) -> dict:
     position_type, batch, accumulation_steps, output_dir, text = PUBLISHED[recipe]
     text = text.replace("./examples/question-answering/run_squad.py", str(ROOT / "run_squad.py"))
     text = text.replace("--nproc_per_node=8", f"--nproc_per_node={processes}")
-    result = run_in_bash(text, folder, hub)
+    result = run_in_bash(text, folder, environment)
     assert result.returncode == 0, result.stderr[-3000:]
+    strangers = [line for line in re.split(r"[\r\n]+", result.stderr) if line and not OUR_LINE.match(line)]
+    assert strangers == []
 
     printed = json.loads(result.stdout[result.stdout.rindex("{") :])
     assert list(printed) == ["exact", "f1", "total", "HasAns_exact", "HasAns_f1", "HasAns_total"]
@@ -135,16 +128,38 @@ def check_published_command(recipe: str, processes: int, folder: Path, hub: Path
     steps_per_epoch = ceil(ceil(TRAIN_QUESTIONS / (processes * batch)) / accumulation_steps)
     assert json.loads((saved / "trainer_state.json").read_text())["global_step"] == 2 * steps_per_epoch
     assert json.loads((saved / "train_results.json").read_text())["train_samples"] == TRAIN_QUESTIONS
+    return printed
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_published_command(recipe, tmp_path, hub):
-    check_published_command(recipe, 2, tmp_path, hub)
+    """With nothing but a hub, and then with nothing but what the first run has left in the cache."""
+    home = tmp_path / "home"
+    printed = check_published_command(recipe, 2, tmp_path / "online", hub.environment(home))
+    hub.stop()
+    try:
+        environment = hub.environment(home, HF_HUB_OFFLINE="1")
+        assert check_published_command(recipe, 2, tmp_path / "offline", environment) == printed
+    finally:
+        hub.start()
 
 
 @pytest.mark.slow
 def test_published_command_with_all_processes(tmp_path, hub):
-    check_published_command("train_large_relative_key_query.sh", 8, tmp_path, hub)
+    check_published_command("train_large_relative_key_query.sh", 8, tmp_path, hub.environment(tmp_path / "home"))
+
+
+def test_published_command_with_an_older_cache(tmp_path, hub):
+    """A cache that older versions of datasets have filled under the name squad."""
+    recipe, home = "train_base_relative_key_query.sh", tmp_path / "home"
+    splits = {}
+    for split, paragraphs in (("train", TRAIN_QUESTIONS // 2), ("validation", VALIDATION_QUESTIONS // 2)):
+        file = tiny_questions(tmp_path / f"{split}.json", paragraphs=paragraphs)
+        splits[split] = read_squad_file(file, cache_dir=str(tmp_path / "cache"))
+    cache_dataset(home, "squad", "plain_text", splits)
+    name = "zhiheng-huang/bert-base-uncased-embedding-relative-key-query"
+    cache_model(home, name, Path(tiny_bert(tmp_path / "made", "relative_key_query", max_positions=512)))
+    check_published_command(recipe, 2, tmp_path / "run", hub.environment(home, HF_HUB_OFFLINE="1"))
 
 
 TORCHRUN_THAT_TELLS = """#!/usr/bin/env python3
