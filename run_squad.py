@@ -7,54 +7,46 @@
     python run_squad.py arguments.json
 """
 
-import atexit
 import json
 import logging
 import math
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import TrainerState
 
-import hub
-from data_qa import (
-    QADataCollator,
-    WindowSettings,
-    check_tokenizer,
-    drop_misplaced_answers,
-    load_examples,
-    make_features,
-    make_train_features,
+from qa import run_folder
+from qa.legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, translate_flags
+from qa.load_model import (
+    POSITION_EMBEDDING_TYPES,
+    check_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_trained_model,
+    position_type_of,
 )
-from legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, translate_flags
-from load_model import POSITION_EMBEDDING_TYPES, resolve_position_embedding_type
-from model_card import model_card
-from modeling_relative_bert import RelativeBertForQuestionAnswering
-from trainer_qa import (
-    QuestionAnsweringTrainer,
+from qa.model_card import model_card
+from qa.processes import (
     TrainingError,
-    TrainingStopped,
-    check_all_weights,
-    check_same_run,
-    check_settings,
-    checkpoint_to_resume,
+    leave,
     meet_after_restart,
     on_main_process,
-    remove_checkpoints,
-    same_command,
+    set_up_logging,
     was_restarted,
 )
-from utils_qa import one_line, postprocess_qa_predictions, squad_scores, write_json, write_predictions, write_text
+from qa.read_squad import drop_misplaced_answers, load_examples
+from qa.windows import QADataCollator, WindowSettings, make_features, make_train_features
+from trainer_qa import QuestionAnsweringTrainer, TrainingStopped
+from utils_qa import one_line, postprocess_qa_predictions, squad_scores, write_predictions, write_text
 
 logger = logging.getLogger("run_squad")
-OUR_LOGGERS = ("run_squad", "data_qa", "hub", "trainer_qa")
 
 METRIC_NAMES = """
     exact f1 total HasAns_exact HasAns_f1 HasAns_total NoAns_exact NoAns_f1 NoAns_total
@@ -70,17 +62,6 @@ OUT_OF_MEMORY = (
 )
 # One of these is set where a launcher has started this process.
 LAUNCHER_VARIABLES = "LOCAL_RANK WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
-RUN_STATE = "run_state.json"  # how far the run in an output_dir has come: training, trained or finished
-# How questions become answers and which were evaluated, so that ask.py and report.py need not be told again.
-QA_SETTINGS = "qa_settings.json"
-# The flags of transformers' own that make another run of it, so that a checkpoint of one is no start for the other.
-TRAINING_SETTINGS = """
-    seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
-    adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor bf16 fp16 tf32 auto_find_batch_size
-    accelerator_config neftune_noise_alpha train_sampling_strategy dataloader_drop_last metric_for_best_model
-    greater_is_better
-""".split()
 
 
 def check_at_least_1(arguments, *names: str) -> None:
@@ -271,110 +252,48 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
     transformers.set_seed(training_args.seed)
-    config = load_config(model_args)
-    tokenizer = load_tokenizer(model_args)
-    windows = WindowSettings(data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length)
+    name, source = model_args.model_name_or_path, hub_source(model_args)
+    position_type = model_args.position_embedding_type
+    config = load_config(name, position_type, config_name=model_args.config_name, **source)
+    tokenizer = load_tokenizer(model_args.tokenizer_name or name, **source)
+    examples = read_examples(model_args, data_args, training_args)
+    features = make_windows(examples, tokenizer, data_args, training_args)
 
-    with training_args.main_process_first(desc="reading the questions"):
-        examples = read_examples(model_args, data_args, training_args)
-    with training_args.main_process_first(desc="making the features"):
-        features = {
-            split: (make_train_features if split == "train" else make_features)(
-                questions,
-                tokenizer,
-                windows,
-                num_proc=data_args.preprocessing_num_workers,
-                overwrite_cache=data_args.overwrite_cache and training_args.local_process_index == 0,
-                desc=f"{split} features",
-            )
-            for split, questions in examples.items()
-        }
-
-    settings = run_settings(model_args, data_args, training_args, config, features)
+    settings = run_folder.run_settings(model_args, data_args, training_args, position_type_of(config), features)
     status, checkpoint = "training", None
     if training_args.do_train:
         restarted = was_restarted()
-        status, checkpoint = on_main_process(lambda: plan_training(training_args, settings, restarted))
-    trained = status == "trained"
-    model = load_model(model_args, config, folder=training_args.output_dir if trained else None)
+        status, checkpoint = on_main_process(lambda: run_folder.plan_training(training_args, settings, restarted))
+    if status == "trained":
+        model = load_trained_model(training_args.output_dir, config)
+    else:
+        model = load_model(name, config, **source)
     check_length(data_args.max_seq_length, model, tokenizer)
-    if model.config.model_type == "bert" and training_args.ddp_find_unused_parameters is None:
-        # Every trainable parameter of BERT takes part in the loss, so DDP need not look for those that do not.
-        training_args.ddp_find_unused_parameters = False
-
-    def post_process(examples, features, logits, prefix):
-        answers = postprocess_qa_predictions(
-            examples,
-            features,
-            logits,
-            version_2_with_negative=data_args.version_2_with_negative,
-            n_best_size=data_args.n_best_size,
-            max_answer_length=data_args.max_answer_length,
-            null_score_diff_threshold=data_args.null_score_diff_threshold,
-        )
-        write_predictions(answers, training_args.output_dir, prefix)
-        if "answers" not in examples.column_names:
-            return {}
-        return squad_scores(examples, answers, data_args.null_score_diff_threshold)
-
-    trainer = QuestionAnsweringTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=features.get("train"),
-        eval_dataset=features.get("validation"),
-        eval_examples=examples.get("validation"),
-        processing_class=tokenizer,
-        data_collator=QADataCollator(
-            tokenizer,
-            pad_to_max_length=data_args.max_seq_length if data_args.pad_to_max_length else None,
-            # For half precision's kernels, where that cannot lead beyond the model's positions.
-            pad_to_multiple_of=(
-                8 if (training_args.fp16 or training_args.bf16) and data_args.max_seq_length % 8 == 0 else None
-            ),
-        ),
-        post_process_function=post_process,
-        run_settings=settings,
-        train_ids=examples["train"]["id"] if "train" in examples else None,
-        max_nonfinite_steps=training_args.max_nonfinite_steps,
-    )
+    trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
     log_summary(model, examples, features, data_args, training_args)
     if trainer.is_world_process_zero() and (training_args.do_train or training_args.do_eval):
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        write_json(os.path.join(training_args.output_dir, QA_SETTINGS), qa_settings(model_args, data_args))
+        run_folder.write_qa_settings(training_args.output_dir, model_args, data_args)
 
-    if trained:
+    if status == "trained":
         logger.info("Training was finished before; going on with the model in %s.", training_args.output_dir)
         trainer.state = TrainerState.load_from_json(os.path.join(training_args.output_dir, "trainer_state.json"))
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
     elif training_args.do_train:
-        train(trainer, features["train"], settings, checkpoint)
-
-    metrics = {}
-    if training_args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["eval_samples"] = len(features["validation"])
-        log_answered("validation", metrics, "eval")
-        trainer.save_metrics("eval", metrics)
+        train(trainer, settings, checkpoint)
+    scores = evaluate(trainer) if training_args.do_eval else {}
     if training_args.do_predict:
-        predict_metrics = trainer.predict(features["test"], examples["test"])
-        predict_metrics["predict_samples"] = len(features["test"])
-        log_answered("test", predict_metrics, "predict")
-        trainer.save_metrics("predict", predict_metrics)
+        predict(trainer, examples["test"], features["test"])
 
-    bare = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    bare = {name: bare[name] for name in METRIC_NAMES if name in bare}
     if training_args.do_train and trainer.is_world_process_zero():
-        card = model_card(
-            model_args, data_args, training_args, position_type_of(model.config), bare, trainer.hub_model_id
-        )
+        card = model_card(model_args, data_args, training_args, position_type_of(config), scores, trainer.hub_model_id)
         write_text(os.path.join(training_args.output_dir, "README.md"), [card])
     if training_args.push_to_hub:
         push_to_hub(trainer)
     if trainer.is_world_process_zero():
         if training_args.do_train:
-            write_run_state(training_args, "finished", settings)
-        if bare:
-            print(json.dumps(bare, indent=2), flush=True)
+            run_folder.write_run_state(training_args.output_dir, "finished", settings)
+        if scores:
+            print(json.dumps(scores, indent=2), flush=True)
         log_where(training_args)
     trainer.accelerator.end_training()  # of the trackers
 
@@ -431,25 +350,6 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
             raise ValueError(f"--report_to {tracker}: it is not installed; pip install it or leave the flag out")
 
 
-def set_up_logging(level: int) -> None:
-    """This program speaks from `level` on; the libraries only when something is wrong, whichever there are."""
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=max(level, logging.WARNING),
-        force=True,
-    )
-    for module in OUR_LOGGERS:
-        logging.getLogger(module).setLevel(level)
-    for library in ("accelerate", "datasets", "evaluate", "filelock", "fsspec", "httpx", "urllib3"):
-        logging.getLogger(library).setLevel(logging.ERROR)  # their warnings say nothing to a user
-    hub_logger = logging.getLogger("huggingface_hub")
-    hub_logger.setLevel(max(level, logging.WARNING))
-    hub_logger.handlers.clear()  # its own would print each line a second time
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading and writing weights; the Trainer's own stay
-
-
 def log_summary(model, examples, features, data_args, training_args: QATrainingArguments) -> None:
     """The first lines of a run: what is trained or evaluated, on what, and how."""
     logger.info("Model: %s, %s positions.", type(model).__name__, position_type_of(model.config))
@@ -497,86 +397,17 @@ def log_where(training_args: QATrainingArguments) -> None:
         logger.info("To see where it fails: python scripts/report.py %s", folder)
 
 
-# ---- Model and tokenizer ----
+def hub_source(model_args: ModelArguments) -> dict:
+    """Which version of what is on the hub, and how to get it."""
+    return {
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "cache_dir": model_args.cache_dir,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
 
 
-def load_config(model_args: ModelArguments):
-    """The model's configuration with the position type that was asked for.
-
-    Raises ValueError where there is no such model, or the position type does not suit it.
-    """
-    config = _from_hub(
-        AutoConfig, model_args.config_name or model_args.model_name_or_path, model_args, "a configuration"
-    )
-    position_type = resolve_position_embedding_type(
-        config, model_args.model_name_or_path, model_args.position_embedding_type
-    )
-    if config.model_type == "bert":
-        config.position_embedding_type = position_type
-    config.num_labels = 2  # start and end, whatever the checkpoint was trained for before
-    return config
-
-
-def position_type_of(config) -> str:
-    return getattr(config, "position_embedding_type", None) or "absolute"
-
-
-def load_tokenizer(model_args: ModelArguments):
-    name = model_args.tokenizer_name or model_args.model_name_or_path
-    tokenizer = _from_hub(AutoTokenizer, name, model_args, "a tokenizer")
-    check_tokenizer(tokenizer)
-    return tokenizer
-
-
-def load_model(model_args: ModelArguments, config, folder: str | None = None):
-    """The model that this run has saved in `folder`, or else the one that was asked for, its new parameters logged.
-
-    Raises ValueError where it cannot be loaded, and TrainingError where a weight in `folder` is missing or left over.
-    """
-    absolute = position_type_of(config) == "absolute"
-    model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
-    name = folder or model_args.model_name_or_path
-    # float32 whatever the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
-    with hub.download_bars():
-        model, info = _from_hub(
-            model_class, name, model_args, "a model", config=config, output_loading_info=True, dtype=torch.float32
-        )
-    if any("distance_embedding" in key for key in info["unexpected_keys"]):
-        raise ValueError(
-            f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
-            "--config_name out, or give one with the checkpoint's own position_embedding_type"
-        )
-    # Saved by the names of today; transformers would write those of the file back, such as Google's gamma and beta.
-    model.__dict__.pop("_weight_conversions", None)
-    if folder:
-        check_all_weights(info, folder)
-    elif info["missing_keys"]:
-        logger.info("New parameters, not in %s: %s.", name, ", ".join(sorted(info["missing_keys"])))
-    return model
-
-
-def check_length(max_seq_length: int, model, tokenizer) -> None:
-    """Raises ValueError where windows of `max_seq_length` tokens are longer than the model has positions for, or the
-    tokenizer has more tokens than it has embeddings for."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if longest is not None and getattr(embeddings, "padding_idx", None) is not None:
-        longest -= embeddings.padding_idx + 1  # RoBERTa counts positions from there
-    if longest is not None and max_seq_length > longest:
-        raise ValueError(f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only")
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows} only")
-
-
-def _from_hub(auto_class, name, model_args: ModelArguments, what: str, **kwargs):
-    failed = f"cannot load {what} from {name}"
-    source = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
-    with hub.loading(failed, name, "model", **source):
-        return auto_class.from_pretrained(name, trust_remote_code=model_args.trust_remote_code, **source, **kwargs)
-
-
-# ---- Data ----
+# ---- Questions and windows ----
 
 
 def read_examples(model_args, data_args, training_args) -> dict:
@@ -587,9 +418,10 @@ def read_examples(model_args, data_args, training_args) -> dict:
         "test": (training_args.do_predict, data_args.test_file, data_args.max_predict_samples),
     }
     files = {split: file for split, (asked, file, _) in needed.items() if asked and file is not None}
-    splits = load_examples(
-        data_args.dataset_name, data_args.dataset_config_name, files, model_args.cache_dir, model_args.token
-    )
+    with training_args.main_process_first(desc="reading the questions"):
+        splits = load_examples(
+            data_args.dataset_name, data_args.dataset_config_name, files, model_args.cache_dir, model_args.token
+        )
     examples = {}
     for split, (asked, file, most) in needed.items():
         if not asked:
@@ -606,18 +438,75 @@ def read_examples(model_args, data_args, training_args) -> dict:
     return examples
 
 
-# ---- Training ----
+def make_windows(examples: dict, tokenizer, data_args, training_args) -> dict:
+    """The features of each split, as `examples`."""
+    windows = WindowSettings(data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length)
+    with training_args.main_process_first(desc="making the features"):
+        return {
+            split: (make_train_features if split == "train" else make_features)(
+                questions,
+                tokenizer,
+                windows,
+                num_proc=data_args.preprocessing_num_workers,
+                overwrite_cache=data_args.overwrite_cache and training_args.local_process_index == 0,
+                desc=f"{split} features",
+            )
+            for split, questions in examples.items()
+        }
 
 
-def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoint: str | None) -> None:
+# ---- Training and answers ----
+
+
+def make_trainer(model, tokenizer, examples, features, settings, data_args, training_args) -> QuestionAnsweringTrainer:
+    if model.config.model_type == "bert" and training_args.ddp_find_unused_parameters is None:
+        # Every trainable parameter of BERT takes part in the loss, so DDP need not look for those that do not.
+        training_args.ddp_find_unused_parameters = False
+
+    def post_process(examples, features, logits, prefix):
+        answers = postprocess_qa_predictions(
+            examples,
+            features,
+            logits,
+            version_2_with_negative=data_args.version_2_with_negative,
+            n_best_size=data_args.n_best_size,
+            max_answer_length=data_args.max_answer_length,
+            null_score_diff_threshold=data_args.null_score_diff_threshold,
+        )
+        write_predictions(answers, training_args.output_dir, prefix)
+        if "answers" not in examples.column_names:
+            return {}
+        return squad_scores(examples, answers, data_args.null_score_diff_threshold)
+
+    half_precision = training_args.fp16 or training_args.bf16
+    return QuestionAnsweringTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=features.get("train"),
+        eval_dataset=features.get("validation"),
+        eval_examples=examples.get("validation"),
+        processing_class=tokenizer,
+        data_collator=QADataCollator(
+            tokenizer,
+            pad_to_max_length=data_args.max_seq_length if data_args.pad_to_max_length else None,
+            # For half precision's kernels, where that cannot lead beyond the model's positions.
+            pad_to_multiple_of=8 if half_precision and data_args.max_seq_length % 8 == 0 else None,
+        ),
+        post_process_function=post_process,
+        run_settings=settings,
+        train_ids=examples["train"]["id"] if "train" in examples else None,
+        max_nonfinite_steps=training_args.max_nonfinite_steps,
+    )
+
+
+def train(trainer: QuestionAnsweringTrainer, settings: dict, checkpoint: str | None) -> None:
     """Trains from `checkpoint` or anew, and saves the model, its tokenizer, the metrics and the state."""
-    training_args = trainer.args
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
-    on_main_process(lambda: begin(training_args, settings, anew=checkpoint is None))
+    on_main_process(lambda: run_folder.begin_run(trainer.args, settings, checkpoint))
     with trainer.signals_noted():
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = {**result.metrics, "train_samples": len(features)}
+        metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
         trainer.save_model()
         logger.info(
             "Trained for %.0f s, %.1f windows a second; mean loss %.4g.",
@@ -627,8 +516,24 @@ def train(trainer: QuestionAnsweringTrainer, features, settings: dict, checkpoin
         )
         trainer.save_metrics("train", metrics)
         trainer.save_state()
-        on_main_process(lambda: write_run_state(training_args, "trained", settings))
+        on_main_process(lambda: run_folder.write_run_state(trainer.args.output_dir, "trained", settings))
     trainer.stop_if_asked()
+
+
+def evaluate(trainer: QuestionAnsweringTrainer) -> dict[str, float]:
+    """Answers the validation questions; returns the scores by the metric's own names."""
+    metrics = trainer.evaluate()
+    metrics["eval_samples"] = len(trainer.eval_dataset)
+    log_answered("validation", metrics, "eval")
+    trainer.save_metrics("eval", metrics)
+    return {name: metrics[f"eval_{name}"] for name in METRIC_NAMES if f"eval_{name}" in metrics}
+
+
+def predict(trainer: QuestionAnsweringTrainer, examples, features) -> None:
+    metrics = trainer.predict(features, examples)
+    metrics["predict_samples"] = len(features)
+    log_answered("test", metrics, "predict")
+    trainer.save_metrics("predict", metrics)
 
 
 def push_to_hub(trainer: QuestionAnsweringTrainer) -> None:
@@ -638,123 +543,15 @@ def push_to_hub(trainer: QuestionAnsweringTrainer) -> None:
     except Exception as error:  # of any library between here and the hub
         raise TrainingError(
             f"cannot push to the hub: {one_line(error)}. All of it stands in {trainer.args.output_dir}; "
-            f"{same_command(trainer.args)} tries again"
+            f"{run_folder.same_command(trainer.args)} tries again"
         ) from error
     if trainer.is_world_process_zero():
         logger.info("Pushed to %s on the hub.", trainer.hub_model_id)
 
 
-def begin(training_args: QATrainingArguments, settings: dict, anew: bool) -> None:
-    """Takes output_dir for this run, now that nothing can refuse it any more."""
-    if anew and training_args.overwrite_output_dir:
-        remove_checkpoints(training_args.output_dir)
-    write_run_state(training_args, "training", settings)
-
-
-def is_checkpoint_in(folder: Path, name: str) -> bool:
-    path = Path(name).resolve()
-    return path.name.startswith("checkpoint-") and path.parent == folder.resolve()
-
-
-def plan_training(training_args: QATrainingArguments, settings: dict, restarted: bool) -> tuple[str, str | None]:
-    """What is left of the training in output_dir: ("training", checkpoint to go on from or None) or ("trained", None).
-
-    `restarted`: a launcher has given the command again, and so wants to go on whatever it says. Raises ValueError where
-    going on would overwrite a finished run or mix two runs.
-    """
-    folder = Path(training_args.output_dir)
-    named = training_args.resume_from_checkpoint
-    restarted = restarted and run_state_file(training_args).exists()
-    if named is not None and not restarted:
-        check_same_run(named, settings)
-    if training_args.overwrite_output_dir and not restarted:
-        for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
-            if named is None and settings[flag] and is_checkpoint_in(folder, settings[flag]):
-                raise ValueError(
-                    f"--overwrite_output_dir would remove --{flag} {settings[flag]}: name another --output_dir"
-                )
-        return "training", named
-    if not run_state_file(training_args).exists():
-        held = [name for name in ("config.json", "train_results.json") if (folder / name).exists()]
-        held += sorted(path.name for path in folder.glob("checkpoint-*"))
-        if held and not (named and is_checkpoint_in(folder, named)):
-            raise ValueError(
-                f"--output_dir {folder} holds {held[0]} of something else: name another folder, or give "
-                "--overwrite_output_dir"
-            )
-        return "training", named
-    state = json.loads(run_state_file(training_args).read_text(encoding="utf-8"))
-    if state["status"] == "finished" and not restarted:
-        raise ValueError(
-            f"--output_dir {folder} holds a finished run: to use it give --model_name_or_path {folder} and leave "
-            "--do_train out; to train, name another folder, or give --overwrite_output_dir to train anew"
-        )
-    if state["status"] != "training":
-        check_settings(state["settings"], settings, folder)
-        return "trained", None
-    newest = checkpoint_to_resume(folder, settings)
-    return "training", named if named and not restarted else newest or named
-
-
-def run_settings(model_args, data_args, training_args, config, features) -> dict:
-    """What must be equal for two commands to train the same model, by flag."""
-    settings = {
-        "model_name_or_path": model_args.model_name_or_path,
-        "model_revision": model_args.model_revision,
-        "tokenizer_name": model_args.tokenizer_name,
-        "config_name": model_args.config_name,
-        "position_embedding_type": position_type_of(config),
-        # The name of the features' file is a hash of all that they are made of.
-        "training data": Path(features["train"].cache_files[0]["filename"]).stem if "train" in features else None,
-        "number of processes": training_args.world_size,
-    }
-    for name in ("max_seq_length", "doc_stride", "max_query_length", "pad_to_max_length"):
-        settings[name] = getattr(data_args, name)
-    for name in TRAINING_SETTINGS:
-        settings[name] = getattr(training_args, name)
-    if training_args.metric_for_best_model is not None and "validation" in features:  # the score decides on the model
-        settings["validation data"] = Path(features["validation"].cache_files[0]["filename"]).stem
-        for name in ("n_best_size", "max_answer_length", "version_2_with_negative", "null_score_diff_threshold"):
-            settings[name] = getattr(data_args, name)
-    return json.loads(json.dumps(settings, default=str))
-
-
-def qa_settings(model_args, data_args) -> dict:
-    """The flags that answers depend on, and those that the evaluation's questions come from."""
-    names = """
-        max_seq_length doc_stride max_query_length n_best_size max_answer_length version_2_with_negative
-        null_score_diff_threshold dataset_name dataset_config_name validation_file
-    """
-    settings = {name: getattr(data_args, name) for name in names.split()}
-    settings["tokenizer_name"] = model_args.tokenizer_name or model_args.model_name_or_path
-    return settings | {"cache_dir": model_args.cache_dir}
-
-
-def run_state_file(training_args: QATrainingArguments) -> Path:
-    return Path(training_args.output_dir, RUN_STATE)
-
-
-def write_run_state(training_args: QATrainingArguments, status: str, settings: dict) -> None:
-    os.makedirs(training_args.output_dir, exist_ok=True)
-    write_json(run_state_file(training_args), {"status": status, "settings": settings})
-
-
 def _exit(message: str, status: int, any_process: bool = False) -> None:
     if any_process or int(os.environ.get("RANK", "0")) == 0:
         print(f"run_squad.py: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def leave(status: int | None) -> None:
-    """Ends the process; under torchrun without the interpreter's teardown.
-
-    There a thread of gloo's now and then aborts a process that has done its work, which torchrun takes for a failure.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status or 0)
     sys.exit(status)
 
 

@@ -1,13 +1,126 @@
-"""From a checkpoint's name to what a model is built with, and from a saved folder to what transformers 4 can read."""
+"""From a checkpoint's name to configuration, tokenizer and model, and from a saved folder to what others can read."""
 
 import json
+import logging
 import os
 
-from transformers import PreTrainedConfig
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from qa.modeling_relative_bert import RELATIVE_TYPES
+from qa import hub
+from qa.modeling_relative_bert import RELATIVE_TYPES, RelativeBertForQuestionAnswering
+from qa.processes import TrainingError
+from qa.windows import check_tokenizer
+from utils_qa import one_line
+
+logger = logging.getLogger(__name__)
 
 POSITION_EMBEDDING_TYPES = ("absolute", *RELATIVE_TYPES)
+
+
+def load_config(name: str, position_embedding_type: str | None = None, config_name: str | None = None, **source):
+    """The configuration of the model `name`, or `config_name`, with the position type that was asked for.
+
+    `name`: a folder, or a name on the hub; `source`: as `_from_hub` takes it. Raises ValueError where there is no such
+    model, or the position type does not suit it.
+    """
+    config = _from_hub(AutoConfig, config_name or name, "a configuration", **source)
+    position_type = resolve_position_embedding_type(config, name, position_embedding_type)
+    if config.model_type == "bert":
+        config.position_embedding_type = position_type
+    config.num_labels = 2  # start and end, whatever the checkpoint was trained for before
+    return config
+
+
+def position_type_of(config) -> str:
+    return getattr(config, "position_embedding_type", None) or "absolute"
+
+
+def load_tokenizer(name: str, **source):
+    tokenizer = _from_hub(AutoTokenizer, name, "a tokenizer", **source)
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def load_model(name: str, config, **source) -> PreTrainedModel:
+    """The model `name` built by `config`, its new parameters logged. Raises ValueError where it cannot be loaded."""
+    model, report = _load(name, config, **source)
+    if report["missing_keys"]:
+        logger.info("New parameters, not in %s: %s.", name, ", ".join(sorted(report["missing_keys"])))
+    return model
+
+
+def load_trained_model(folder: str, config) -> PreTrainedModel:
+    """The model that a run has saved in `folder`. Raises TrainingError where one of its weights is missing there."""
+    model, report = _load(folder, config)
+    check_all_weights(report, folder)
+    return model
+
+
+def _load(name: str, config, **source) -> tuple[PreTrainedModel, dict]:
+    absolute = position_type_of(config) == "absolute"
+    model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
+    # float32 whatever the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
+    settings = {"config": config, "output_loading_info": True, "dtype": torch.float32}
+    with hub.download_bars():
+        model, report = _from_hub(model_class, name, "a model", **settings, **source)
+    if any("distance_embedding" in key for key in report["unexpected_keys"]):
+        raise ValueError(
+            f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
+            "--config_name out, or give one with the checkpoint's own position_embedding_type"
+        )
+    # Saved by the names of today; transformers would write those of the file back, such as Google's gamma and beta.
+    model.__dict__.pop("_weight_conversions", None)
+    return model, report
+
+
+def _from_hub(
+    auto_class, name: str, what: str, revision="main", token=None, cache_dir=None, trust_remote_code=False, **settings
+):
+    source = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    with hub.loading(f"cannot load {what} from {name}", name, "model", **source):
+        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **source, **settings)
+
+
+def check_length(max_seq_length: int, model, tokenizer) -> None:
+    """Raises ValueError where windows of `max_seq_length` tokens are longer than the model has positions for, or the
+    tokenizer has more tokens than it has embeddings for."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if longest is not None and getattr(embeddings, "padding_idx", None) is not None:
+        longest -= embeddings.padding_idx + 1  # RoBERTa counts positions from there
+    if longest is not None and max_seq_length > longest:
+        raise ValueError(f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows} only")
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Loads all weights of `model` from `folder`, whatever names they have there that transformers can read.
+
+    Raises TrainingError that names the weights which are missing, left over or of another shape.
+    """
+    try:
+        loaded, report = type(model).from_pretrained(
+            folder, config=model.config, dtype=model.dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise TrainingError(f"cannot load the weights in {folder}: {one_line(error)}") from error
+    check_all_weights(report, folder)
+    model.load_state_dict(loaded.state_dict())
+
+
+def check_all_weights(report: dict, folder: str) -> None:
+    """Raises TrainingError for what from_pretrained reports to be missing or left over in `folder`."""
+    wrong = [
+        f"{kind}: {', '.join(sorted(report[key]))}"
+        for kind, key in (("missing", "missing_keys"), ("left over", "unexpected_keys"))
+        if report[key]
+    ]
+    if wrong:
+        raise TrainingError(f"the weights in {folder} are not those of this model. {'; '.join(wrong)}")
 
 
 def resolve_position_embedding_type(config: PreTrainedConfig, name: str, requested: str | None = None) -> str:

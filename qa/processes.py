@@ -1,18 +1,41 @@
-"""Several processes as one: what the main one does for all, how a restarted run meets again, and the way out."""
+"""Several processes as one: who speaks, what the main one does for all, restarts, and the way out."""
 
 import atexit
 import datetime
+import logging
 import os
 import sys
 from collections.abc import Callable
 
 import torch.distributed as dist
+import transformers
 
 from utils_qa import one_line
+
+OUR_LOGGERS = ("run_squad", "trainer_qa", "qa")
 
 
 class TrainingError(Exception):
     """The run cannot go on; the message is one line for the user."""
+
+
+def set_up_logging(level: int) -> None:
+    """This program speaks from `level` on; the libraries only when something is wrong, whichever there are."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=max(level, logging.WARNING),
+        force=True,
+    )
+    for module in OUR_LOGGERS:
+        logging.getLogger(module).setLevel(level)
+    for library in ("accelerate", "datasets", "evaluate", "filelock", "fsspec", "httpx", "urllib3"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # their warnings say nothing to a user
+    hub_logger = logging.getLogger("huggingface_hub")
+    hub_logger.setLevel(max(level, logging.WARNING))
+    hub_logger.handlers.clear()  # its own would print each line a second time
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and writing weights; the Trainer's own stay
 
 
 def gather(value) -> list:

@@ -223,12 +223,12 @@ def _mark(checkpoint: str) -> dict:
 
 def mark_whole(checkpoint: str, step: int, resumable: bool, settings: dict) -> None:
     """Says that all of the checkpoint stands on the disk, where it survives a loss of power too."""
-    flush_to_disk(checkpoint)
+    _flush_to_disk(checkpoint)
     mark = {"global_step": step, "resumable": resumable, "settings": settings}
     write_json(os.path.join(checkpoint, WHOLE_CHECKPOINT), mark)
 
 
-def flush_to_disk(folder: str) -> None:
+def _flush_to_disk(folder: str) -> None:
     for file in os.scandir(folder):
         if file.is_file():
             descriptor = os.open(file.path, os.O_RDONLY)

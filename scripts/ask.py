@@ -10,6 +10,7 @@ The text may be of any length: it goes through the same windows and the same spa
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -29,10 +30,12 @@ import datasets  # noqa: E402
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache  # noqa: E402
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: E402
 
-import hub  # noqa: E402
-import run_squad  # noqa: E402
-from data_qa import QADataCollator, WindowSettings, make_features  # noqa: E402
-from legacy_flags import OneLineParser  # noqa: E402
+from qa import hub  # noqa: E402
+from qa.legacy_flags import OneLineParser  # noqa: E402
+from qa.load_model import check_length, load_config, load_model, load_tokenizer  # noqa: E402
+from qa.processes import set_up_logging  # noqa: E402
+from qa.run_folder import QA_SETTINGS  # noqa: E402
+from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
 from utils_qa import postprocess_qa_predictions  # noqa: E402
 
 logger = logging.getLogger("run_squad")
@@ -54,11 +57,13 @@ eval_nbest_predictions.json: a span that several windows see stands there once f
 
 
 class AnswerSettings(NamedTuple):
-    windows: WindowSettings
-    n_best_size: int
-    max_answer_length: int
-    version_2_with_negative: bool
-    null_score_diff_threshold: float
+    """By default as run_squad.py has them."""
+
+    windows: WindowSettings = WindowSettings()
+    n_best_size: int = 20
+    max_answer_length: int = 30
+    version_2_with_negative: bool = False
+    null_score_diff_threshold: float = 0.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def ask(args: argparse.Namespace) -> None:
-    run_squad.set_up_logging(logging.WARNING)
+    set_up_logging(logging.WARNING)
     datasets.disable_progress_bars()
 
     if args.question is not None:
@@ -85,7 +90,7 @@ def ask(args: argparse.Namespace) -> None:
     context = read_context(args.context_file)
     model, tokenizer = load(args.model_dir)
     settings = answer_settings(args)
-    run_squad.check_length(settings.windows.max_seq_length, model, tokenizer)
+    check_length(settings.windows.max_seq_length, model, tokenizer)
 
     questions = [args.question] if args.question is not None else read_questions(args.context_file is None)
     for question in questions:
@@ -185,16 +190,15 @@ def load(model_dir: str):
     """
     if not os.path.isdir(model_dir) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model_dir):
         raise ValueError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
-    model_args = run_squad.ModelArguments(model_name_or_path=model_dir)
-    config = run_squad.load_config(model_args)
+    config = load_config(model_dir)
     architectures = config.architectures or []
     if not any(name.endswith("ForQuestionAnswering") for name in architectures):
         raise ValueError(
             f"{model_dir} holds {', '.join(architectures) or 'a model'}, which was not trained to answer questions: "
             "train it with run_squad.py first"
         )
-    tokenizer = run_squad.load_tokenizer(model_args)
-    model = run_squad.load_model(model_args, config)
+    tokenizer = load_tokenizer(model_dir)
+    model = load_model(model_dir, config)
     return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
@@ -203,16 +207,16 @@ def settings_of(model_dir: str) -> dict:
     folder = Path(model_dir)
     if folder.is_dir() and folder.name.startswith("checkpoint-"):
         folder = folder.parent
-    file = folder / run_squad.QA_SETTINGS
+    file = folder / QA_SETTINGS
     if not folder.is_dir():
-        with hub.loading(f"cannot load {run_squad.QA_SETTINGS} from {model_dir}", model_dir, "model", revision="main"):
+        with hub.loading(f"cannot load {QA_SETTINGS} from {model_dir}", model_dir, "model", revision="main"):
             try:
-                file = Path(hf_hub_download(model_dir, run_squad.QA_SETTINGS))
+                file = Path(hf_hub_download(model_dir, QA_SETTINGS))
             except LocalEntryNotFoundError:  # and not known to be missing on the hub
-                if try_to_load_from_cache(model_dir, run_squad.QA_SETTINGS) is not _CACHED_NO_EXIST:
+                if try_to_load_from_cache(model_dir, QA_SETTINGS) is not _CACHED_NO_EXIST:
                     logger.warning(
                         "The cache does not hold %s of %s: run_squad.py's defaults are taken.",
-                        run_squad.QA_SETTINGS,
+                        QA_SETTINGS,
                         model_dir,
                     )
             except EntryNotFoundError:
@@ -231,22 +235,20 @@ def settings_of(model_dir: str) -> dict:
 def answer_settings(args: argparse.Namespace) -> AnswerSettings:
     """Flags before what run_squad.py has left with the model, before its defaults."""
     values = settings_of(args.model_dir)
-    defaults = run_squad.DataTrainingArguments()
 
-    def setting(name):
-        given = getattr(args, name)
-        return given if given is not None else values.get(name, getattr(defaults, name))
+    def chosen(defaults: dict) -> dict:
+        given = {name: getattr(args, name) for name in defaults}
+        return {
+            name: given[name] if given[name] is not None else values.get(name, default)
+            for name, default in defaults.items()
+        }
 
+    windows, *answers = AnswerSettings()
+    answers = chosen(dict(zip(AnswerSettings._fields[1:], answers, strict=True)))
     for name in ("n_best_size", "max_answer_length"):
-        if setting(name) < 1:
-            raise ValueError(f"--{name} is {setting(name)}, must be at least 1")
-    return AnswerSettings(
-        WindowSettings(setting("max_seq_length"), setting("doc_stride"), setting("max_query_length")),
-        setting("n_best_size"),
-        setting("max_answer_length"),
-        setting("version_2_with_negative"),
-        setting("null_score_diff_threshold"),
-    )
+        if answers[name] < 1:
+            raise ValueError(f"--{name} is {answers[name]}, must be at least 1")
+    return AnswerSettings(WindowSettings(**chosen(dataclasses.asdict(windows))), **answers)
 
 
 # ---- Answers ----

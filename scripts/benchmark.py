@@ -112,7 +112,7 @@ def make_layers(size: str, length: int, dropout: float, device, dtype) -> dict:
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertLayer
 
-    from modeling_relative_bert import RelativeBertLayer
+    from qa.modeling_relative_bert import RelativeBertLayer
 
     hidden, heads = {"base": (768, 12), "large": (1024, 16)}[size]
     layers = {}
@@ -142,7 +142,7 @@ def make_reference_attention(config):
     """The formula as it reads, over a gathered (length, length, head size) tensor of distance embeddings."""
     import torch
 
-    from modeling_relative_bert import RelativeBertSelfAttention
+    from qa.modeling_relative_bert import RelativeBertSelfAttention
 
     class ReferenceSelfAttention(RelativeBertSelfAttention):
         def forward(self, hidden_states, attention_mask=None):
@@ -273,7 +273,7 @@ def open_squad_shaped(folder: str):
     """(tokenizer, {split: examples}) of what `write_squad_shaped_files` has written."""
     from transformers import BertTokenizer
 
-    from data_qa import read_squad_file
+    from qa.read_squad import read_squad_file
 
     vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
     tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
@@ -286,7 +286,8 @@ def run_data_path(folder: str) -> int:
 
     import datasets
 
-    from data_qa import WindowSettings, drop_misplaced_answers, make_features, make_train_features
+    from qa.read_squad import drop_misplaced_answers
+    from qa.windows import WindowSettings, make_features, make_train_features
 
     datasets.disable_progress_bars()
     tokenizer, examples = open_squad_shaped(folder)
@@ -298,7 +299,7 @@ def run_data_path(folder: str) -> int:
 
 def time_data_path(folder: str, repeats: int):
     import utils_qa  # noqa: F401, so that the first round does not pay for it
-    from data_qa import WindowSettings, make_features, make_train_features
+    from qa.windows import WindowSettings, make_features, make_train_features
 
     tokenizer, examples = open_squad_shaped(folder)
     train, validation = examples.values()
@@ -602,7 +603,7 @@ def measure_training(args: argparse.Namespace) -> list[dict]:
     import torch
     from transformers import BertConfig, BertForQuestionAnswering
 
-    from data_qa import QADataCollator, WindowSettings, make_features, make_train_features
+    from qa.windows import QADataCollator, WindowSettings, make_features, make_train_features
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:

@@ -119,7 +119,7 @@ def save_models(folder: Path) -> None:
     from transformers import BertConfig
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from modeling_relative_bert import RelativeBertForQuestionAnswering
+    from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 
     transformers.logging.disable_progress_bar()
     for position_type in RELATIVE_TYPES:

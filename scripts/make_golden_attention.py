@@ -139,8 +139,8 @@ def make_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 
 def save_with_this_project(folder: Path) -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from load_model import rename_extra_special_tokens
-    from modeling_relative_bert import RelativeBertForQuestionAnswering
+    from qa.load_model import rename_extra_special_tokens
+    from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 
     for position_type in POSITION_TYPES:
         model_class = BertForQuestionAnswering if position_type == "absolute" else RelativeBertForQuestionAnswering

@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets  # noqa: E402
 import transformers  # noqa: E402
 
-import run_squad  # noqa: E402
-from data_qa import WindowSettings, load_examples, make_features  # noqa: E402
-from legacy_flags import OneLineParser  # noqa: E402
+from qa.legacy_flags import OneLineParser  # noqa: E402
+from qa.load_model import load_tokenizer  # noqa: E402
+from qa.read_squad import load_examples  # noqa: E402
+from qa.run_folder import QA_SETTINGS  # noqa: E402
+from qa.windows import WindowSettings, make_features  # noqa: E402
 from utils_qa import QAPredictions, raw_scores, squad_scores, write_text  # noqa: E402
 
 WORST_QUESTIONS = 50
@@ -80,7 +82,7 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="report.py",
         description=__doc__,
-        epilog=f"The evaluated questions are read from where {run_squad.QA_SETTINGS} in OUTPUT_DIR says, or from what "
+        epilog=f"The evaluated questions are read from where {QA_SETTINGS} in OUTPUT_DIR says, or from what "
         "the flags name.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -104,7 +106,7 @@ def read_run(args: argparse.Namespace) -> Run:
     answers = _read_json(folder / "eval_predictions.json")
     if n_best is None or answers is None:
         raise ValueError(f"{folder} holds no eval_predictions.json: run run_squad.py with --do_eval first")
-    settings = _read_json(folder / run_squad.QA_SETTINGS) or {}
+    settings = _read_json(folder / QA_SETTINGS) or {}
     examples = read_examples(args, folder, settings, answers)
     null_odds = _read_json(folder / "eval_null_odds.json") if settings.get("version_2_with_negative", True) else None
     if set(n_best) != set(answers) or (null_odds is not None and set(null_odds) != set(answers)):
@@ -179,15 +181,11 @@ def read_examples(args, folder: Path, settings: dict, answers: dict) -> datasets
 def count_windows(examples, folder: Path, settings: dict) -> tuple[list[int] | None, str | None]:
     """How many windows each question has; or None, and why that is not known."""
     if "max_seq_length" not in settings:
-        return None, f"{folder.resolve().name} has no {run_squad.QA_SETTINGS}"
+        return None, f"{folder.resolve().name} has no {QA_SETTINGS}"
     own = (folder / "tokenizer_config.json").exists()
     try:
-        tokenizer = run_squad.load_tokenizer(
-            run_squad.ModelArguments(
-                model_name_or_path=str(folder) if own else settings["tokenizer_name"],
-                cache_dir=settings.get("cache_dir"),
-            )
-        )
+        name = str(folder) if own else settings["tokenizer_name"]
+        tokenizer = load_tokenizer(name, cache_dir=settings.get("cache_dir"))
     except ValueError as error:
         return None, str(error)
     windows = WindowSettings(settings["max_seq_length"], settings["doc_stride"], settings["max_query_length"])

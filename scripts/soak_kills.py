@@ -30,7 +30,7 @@ import launch  # noqa: E402
 from test_kill import FLAGS, outcome  # noqa: E402
 from tiny import tiny_bert, tiny_questions, with_google_names  # noqa: E402
 
-from trainer_qa import broken_checkpoints, whole_checkpoints  # noqa: E402
+from qa.run_folder import broken_checkpoints, whole_checkpoints  # noqa: E402
 
 
 def main() -> int:

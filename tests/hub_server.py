@@ -24,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from tiny import PEOPLE, TOWNS, WORDS, tiny_questions
 from transformers import BertTokenizerFast
 
-from data_qa import read_squad_file
+from qa.read_squad import read_squad_file
 
 ENTRIES_A_PAGE = 3  # the hub's pages hold 1000; here more than one is needed all the same
 LARGE = (".bin", ".h5", ".msgpack", ".parquet", ".safetensors")  # kept outside of git

@@ -18,7 +18,7 @@ from tiny import tiny_bert, tiny_questions
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 import run_squad
-from modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 from scripts import ask
 
 ROOT = Path(run_squad.__file__).parent

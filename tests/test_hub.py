@@ -25,7 +25,8 @@ from online import Programs
 from tiny import tiny_bert, tiny_questions
 
 import run_squad
-from data_qa import EXAMPLE_FEATURES, load_examples
+from qa import processes
+from qa.read_squad import EXAMPLE_FEATURES, load_examples
 
 ROOT = Path(run_squad.__file__).parent
 VALIDATION = "plain_text/validation-00000-of-00001.parquet"
@@ -334,20 +335,19 @@ def test_ask_says_that_it_does_not_know_the_settings(hub, programs, inputs):
 @pytest.fixture
 def logging_as_it_was():
     yield
-    for name in (*run_squad.OUR_LOGGERS, "huggingface_hub"):
+    for name in (*processes.OUR_LOGGERS, "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.NOTSET)
     logging.root.setLevel(logging.WARNING)
 
 
 def test_only_this_program_speaks_below_a_warning(logging_as_it_was):
-    run_squad.set_up_logging(logging.INFO)
+    processes.set_up_logging(logging.INFO)
     ours = set()
     for path in ROOT.rglob("*.py"):
         for name in re.findall(r"logging\.getLogger\((.*)\)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
             if not {"tests", ".venv"} & set(path.relative_to(ROOT).parts) and name in ("__name__", '"run_squad"'):
-                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-                ours.add(module if name == "__name__" else "run_squad")
-    assert ours == set(run_squad.OUR_LOGGERS)
+                ours.add(path.relative_to(ROOT).with_suffix("").parts[0] if name == "__name__" else "run_squad")
+    assert ours == set(processes.OUR_LOGGERS)
     assert all(logging.getLogger(name).isEnabledFor(logging.INFO) for name in ours)
     libraries = [name for name in logging.root.manager.loggerDict if name.split(".")[0] not in ours]
     assert len(libraries) > 100
@@ -355,7 +355,7 @@ def test_only_this_program_speaks_below_a_warning(logging_as_it_was):
         logger = logging.getLogger(name)
         heard = logger.propagate and logger.isEnabledFor(logging.INFO)
         assert not heard, name
-    run_squad.set_up_logging(logging.ERROR)  # on the other processes
+    processes.set_up_logging(logging.ERROR)  # on the other processes
     for name in (*ours, "huggingface_hub", "a_library_of_tomorrow"):
         assert not logging.getLogger(name).isEnabledFor(logging.WARNING), name
 

@@ -19,10 +19,11 @@ from hub_cache import cache_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from tiny import tiny_bert, tiny_questions
+from transformers import AutoTokenizer
 from transformers.integrations import TrackioCallback
 
 import run_squad
-from modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 
 ROOT = Path(run_squad.__file__).parent
 TOKEN = "hf_a-secret-of-the-user"
@@ -100,7 +101,7 @@ print(model(**inputs).start_logits.tolist())
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     model = RelativeBertForQuestionAnswering.from_pretrained(tmp_path / "out")
-    tokenizer = run_squad.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         logits = model(**tokenizer("who lives ?", "anna lives in rome .", return_tensors="pt")).start_logits
     assert json.loads(done.stdout) == logits.tolist()

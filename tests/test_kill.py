@@ -11,7 +11,8 @@ from launch import At
 from safetensors.torch import load_file, save_file
 from tiny import tiny_bert, tiny_questions, with_google_names
 
-from trainer_qa import WHOLE_CHECKPOINT, QuestionAnsweringTrainer, broken_checkpoints, whole_checkpoints
+from qa.run_folder import WHOLE_CHECKPOINT, broken_checkpoints, whole_checkpoints
+from trainer_qa import QuestionAnsweringTrainer
 
 TRAINER = "trainer_qa.QuestionAnsweringTrainer"
 # 48 windows of 16 questions make 12 steps an epoch on one process, 29 steps the run; every step draws random numbers
@@ -32,16 +33,16 @@ MOMENTS = {
     "evaluated, not saved": At("run_squad.write_predictions", 2, after=True),
     "saving, before the optimizer": At(f"{TRAINER}._save", 2, after=True),
     "saving, before the random state": At(f"{TRAINER}._save_rng_state", 3),
-    "saving, before the mark": At("trainer_qa._flush_to_disk", 2, after=True),
+    "saving, before the mark": At("qa.run_folder._flush_to_disk", 2, after=True),
     "saved, before the rotation": At(f"{TRAINER}._rotate_checkpoints", 3),
     "rotating, the mark removed": At("pathlib.Path.unlink", 1, after=True),
     "rotating, half of the files removed": At("os.unlink", 6, after=True),
     "trained, before the model": At(f"{TRAINER}.save_model", 6),
     "trained, half of the model saved": "test_kill.kill_amid_the_last_save",
-    "trained, before that is noted": At("run_squad.write_run_state", 2),
-    "trained": At("run_squad.write_run_state", 2, after=True),
+    "trained, before that is noted": At("qa.run_folder.write_run_state", 2),
+    "trained": At("qa.run_folder.write_run_state", 2, after=True),
     "evaluating the trained model": At("run_squad.write_predictions", 6),
-    "before the end is noted": At("run_squad.write_run_state", 3),
+    "before the end is noted": At("qa.run_folder.write_run_state", 3),
 }
 
 
@@ -137,13 +138,13 @@ def test_killed_once(moment, command, never_killed, tmp_path):
 def test_killed_again_and_again_with_two_processes(command, never_killed, tmp_path):
     moments = [
         At(f"{TRAINER}.training_step", 5, rank=1),
-        At("trainer_qa._flush_to_disk", 1, after=True),
+        At("qa.run_folder._flush_to_disk", 1, after=True),
         At(f"{TRAINER}._save_rng_state", 2, rank=1),
         At("pathlib.Path.unlink", 1, after=True),
         At(f"{TRAINER}.prediction_step", 3, rank=1),
         At(f"{TRAINER}._rotate_checkpoints", 1),
-        At("run_squad.write_run_state", 2),
-        At("run_squad.write_run_state", 2, after=True),
+        At("qa.run_folder.write_run_state", 2),
+        At("qa.run_folder.write_run_state", 2, after=True),
         At("run_squad.write_predictions", 1),
     ]
     for moment in moments:
@@ -164,7 +165,7 @@ def test_killed_twice_with_other_flags(strategy, sampling, command, tmp_path):
     out = tmp_path / "killed"
     killed = launch.run(*command, "--output_dir", out, at=At(f"{TRAINER}.training_step", 37))
     assert killed.exit_codes == [-signal.SIGKILL]
-    killed = launch.run(*command, "--output_dir", out, at=At("run_squad.write_run_state", 2))
+    killed = launch.run(*command, "--output_dir", out, at=At("qa.run_folder.write_run_state", 2))
     assert killed.exit_codes == [-signal.SIGKILL]
     finish(command, out)
     for name in ("model.safetensors", "eval_predictions.json"):

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from legacy_flags import (
+from qa.legacy_flags import (
     OLD_FLAGS,
     Ignored,
     Refused,

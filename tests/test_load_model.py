@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, BertConfig
 
-from load_model import rename_extra_special_tokens, resolve_position_embedding_type
+from qa.load_model import rename_extra_special_tokens, resolve_position_embedding_type
 
 GOLDEN = Path(__file__).parent / "golden" / "attention"
 

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering
 
-import modeling_relative_bert as relative
-from modeling_relative_bert import RelativeBertForQuestionAnswering, RelativeBertSelfAttention
+from qa import modeling_relative_bert as relative
+from qa.modeling_relative_bert import RelativeBertForQuestionAnswering, RelativeBertSelfAttention
 
 GOLDEN = Path(__file__).parent / "golden" / "attention"
 RELATIVE_TYPES = ("relative_key", "relative_key_query")

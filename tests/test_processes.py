@@ -15,7 +15,7 @@ import pytest
 from launch import At
 from tiny import tiny_bert, tiny_questions
 
-from trainer_qa import whole_checkpoints
+from qa.run_folder import whole_checkpoints
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]

@@ -11,7 +11,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_qa import read_squad_file
+from qa.read_squad import read_squad_file
 
 FILES = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -19,9 +19,9 @@ FILES = settings(max_examples=400, deadline=None, suppress_health_check=[HealthC
 @pytest.fixture
 def read(tmp_path, monkeypatch):
     """Reads bytes as a file; returns the rows, or None if the file is refused as it should be."""
-    # Nothing is written, because 2,000 cache files would take most of the time; data_qa's own tests cover them.
+    # Nothing is written, because 2,000 cache files would take most of the time; the reader's own tests cover them.
     tables = []
-    monkeypatch.setattr("data_qa._write_arrow", lambda path, features, written: tables.extend(written))
+    monkeypatch.setattr("qa.read_squad.write_arrow", lambda path, features, written: tables.extend(written))
     monkeypatch.setattr(Dataset, "from_file", lambda path: tables[-1])
     path = tmp_path / "hostile.json"
 

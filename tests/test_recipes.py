@@ -13,7 +13,7 @@ from hub_cache import cache_dataset, cache_model
 from hub_server import Hub, published
 from tiny import tiny_bert, tiny_questions
 
-from data_qa import read_squad_file
+from qa.read_squad import read_squad_file
 
 ROOT = Path(__file__).parent.parent
 TRAIN_QUESTIONS, VALIDATION_QUESTIONS = 24, 6

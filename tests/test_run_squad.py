@@ -21,8 +21,9 @@ from transformers import (
 )
 
 import run_squad
-from data_qa import read_squad_file
-from modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.load_model import load_config, load_model
+from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.read_squad import read_squad_file
 
 ROOT = Path(run_squad.__file__).parent
 GROUPS = (run_squad.ModelArguments, run_squad.DataTrainingArguments, run_squad.QATrainingArguments)
@@ -168,9 +169,8 @@ def test_samples_count_questions(inputs, tmp_path):
 
 
 def test_relative_positions_start_from_an_absolute_checkpoint(inputs, caplog):
-    model_args = run_squad.ModelArguments(inputs["absolute"], position_embedding_type="relative_key")
-    with caplog.at_level("INFO", logger="run_squad"):
-        model = run_squad.load_model(model_args, run_squad.load_config(model_args))
+    with caplog.at_level("INFO", logger="qa.load_model"):
+        model = load_model(inputs["absolute"], load_config(inputs["absolute"], "relative_key"))
     new = "bert.encoder.layer.0.attention.self.distance_embedding.weight"
     assert caplog.text.count("New parameters") == 1 and new in caplog.text and "qa_outputs" not in caplog.text
     loaded = load_file(Path(inputs["absolute"], "model.safetensors"))

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
-from data_qa import WindowSettings, drop_misplaced_answers, make_features, read_squad_file
-from load_model import POSITION_EMBEDDING_TYPES
-from modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.load_model import POSITION_EMBEDDING_TYPES
+from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.read_squad import drop_misplaced_answers, read_squad_file
+from qa.windows import WindowSettings, make_features
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = (ROOT / "scripts" / "quickstart.sh").read_text(encoding="utf-8")

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from tiny import tiny_bert, tiny_questions
 from transformers import Trainer
 
+from qa.run_folder import broken_checkpoints, whole_checkpoints
 from run_squad import parse_arguments
-from trainer_qa import QuestionAnsweringTrainer, broken_checkpoints, check_private_parts, whole_checkpoints
+from trainer_qa import QuestionAnsweringTrainer, check_private_parts
 
 TRAINER = "trainer_qa.QuestionAnsweringTrainer"
 # 48 windows of 16 questions, 12 steps an epoch on one process.
@@ -458,7 +459,7 @@ def test_overwriting_starts_anew_unless_a_launcher_restarts_it(killed, command, 
 
 
 def test_finished_and_trained_runs_are_not_overwritten(evaluating, tmp_path):
-    launch.run(*evaluating, "--output_dir", tmp_path, at=At("run_squad.write_run_state", 3))
+    launch.run(*evaluating, "--output_dir", tmp_path, at=At("qa.run_folder.write_run_state", 3))
     for checkpoint in whole_checkpoints(tmp_path):
         shutil.rmtree(checkpoint)
     before = weights(tmp_path)

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
-from modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.read_squad import EXAMPLE_FEATURES
 
 TOWNS = "paris rome berlin madrid vienna lisbon athens dublin".split()
 PEOPLE = "anna ben clara david emma frank grace henry".split()
@@ -65,3 +67,18 @@ def with_google_names(folder: str) -> str:
     assert sum(key.endswith(("gamma", "beta")) for key in weights) >= 6
     save_file(weights, file, metadata={"format": "pt"})
     return folder
+
+
+NO_ANSWER = {"text": [], "answer_start": []}
+
+
+def make_examples(rows) -> Dataset:
+    """Examples of (id, question, context, answer text or "" for none, answer start)."""
+    columns = {name: [] for name in EXAMPLE_FEATURES}
+    for id_, question, context, answer, start in rows:
+        columns["id"].append(id_)
+        columns["title"].append("")
+        columns["context"].append(context)
+        columns["question"].append(question)
+        columns["answers"].append({"text": [answer], "answer_start": [start]} if answer else NO_ANSWER)
+    return Dataset.from_dict(columns, features=EXAMPLE_FEATURES)
