@@ -130,7 +130,7 @@ def test_every_flag_and_file_exists():
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*\b", README))
     assert named - elsewhere <= ours
-    for file in re.findall(r"\b(?:scripts/)?\w+\.(?:py|sh)\b", README):
+    for file in re.findall(r"\b(?:(?:scripts|qa)/)?\w+\.(?:py|sh)\b", README):
         assert (ROOT / file).exists() or file in ("run_qa.py",), file
 
 
