@@ -232,6 +232,9 @@ class QATrainingArguments(TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
 
+ARGUMENT_GROUPS = (ModelArguments, DataTrainingArguments, QATrainingArguments)
+
+
 def main(argv: list[str] | None = None) -> None:
     try:
         run(*parse_arguments(sys.argv[1:] if argv is None else argv))
@@ -310,7 +313,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
         argv = flags_from_json(argv[0])
     argv, notices = translate_flags(argv)
     parser = make_parser(
-        (ModelArguments, DataTrainingArguments, QATrainingArguments),
+        ARGUMENT_GROUPS,
         first=WHAT_TO_DO,
         prog="run_squad.py",
         usage="%(prog)s --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",

@@ -116,8 +116,7 @@ def test_every_recipe_of_the_table_runs(workplace, hub):
 
 
 def test_every_flag_and_file_exists():
-    groups = (run_squad.ModelArguments, run_squad.DataTrainingArguments, run_squad.QATrainingArguments)
-    ours = {f"--{name}" for group in groups for name in group.__dataclass_fields__}
+    ours = {f"--{name}" for group in run_squad.ARGUMENT_GROUPS for name in group.__dataclass_fields__}
     elsewhere = {
         "--nproc_per_node",
         "--question",

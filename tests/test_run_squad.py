@@ -26,7 +26,6 @@ from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 from qa.read_squad import read_squad_file
 
 ROOT = Path(run_squad.__file__).parent
-GROUPS = (run_squad.ModelArguments, run_squad.DataTrainingArguments, run_squad.QATrainingArguments)
 QUICK = "--max_seq_length 48 --doc_stride 16 --num_train_epochs 1 --per_device_train_batch_size 4 --use_cpu".split()
 
 
@@ -425,7 +424,9 @@ def test_help_shows_what_to_do_first_and_every_flag_once(capsys):
 
     shown = re.findall(r"^  (?:-h, )?--(\w+)", text, flags=re.MULTILINE)
     assert len(set(shown)) == len(shown)
-    fields = {name for group in GROUPS for name, field in group.__dataclass_fields__.items() if field.init}
+    fields = {
+        name for group in run_squad.ARGUMENT_GROUPS for name, field in group.__dataclass_fields__.items() if field.init
+    }
     assert {name for name in shown if not name.startswith("no_")} == fields | {"help"}
     words = " ".join(text.split())
     assert "tokens of a window: question, a part of the context, special tokens. (default: 384)" in words
