@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import torch
 
 QUESTIONS_PER_PIECE = 512  # whose texts are read, and whose n-best lists are written, at once
-WINDOWS_PER_CHUNK = 256  # windows searched at once: the spans of one chunk stay in the processor's cache
-WINDOWS_PER_FETCH = 256  # windows found on a device before the CPU waits for them
+WINDOWS_PER_CHUNK = 64  # windows searched at once: the spans of one chunk stay in the processor's cache
+WINDOWS_PER_MERGE = 256  # windows whose spans are fetched from an accelerator and compared with the best at once
 LARGEST_LOGIT = np.finfo(np.float32).max / 2  # the sum of two still is a float32
 
 
@@ -104,7 +104,7 @@ def postprocess_qa_predictions(
     search = AnswerSearch(examples, features, settings)
     start_logits, end_logits = (np.asarray(logits) for logits in predictions)
     for logits in (start_logits, end_logits):
-        needed = (len(features), int(search.bounds[:, 0].max()) if len(features) else 0)
+        needed = (len(features), search.lengths.max(initial=0))
         if logits.ndim != 2 or len(logits) != needed[0] or logits.shape[1] < needed[1]:
             raise ValueError(
                 f"logits have shape {logits.shape}, but the features have {needed[0]} windows of up to {needed[1]} "
@@ -154,16 +154,16 @@ class AnswerSearch:
         self.ids = _column(examples, "id").to_pylist()
         self.example = _column(features, "example_index").to_numpy(zero_copy_only=False)  # of each window
         _check_windows(self.example, self.ids)
-        length, context_start = (_column(features, name).to_numpy() for name in ("length", "context_start"))
+        self.lengths, context_start = (_column(features, name).to_numpy() for name in ("length", "context_start"))
         context_end = context_start + _list_lengths(features, "char_starts")
         # (windows, 3) int32: tokens of the window, positions of the first context token and after the last one.
-        self.bounds = torch.from_numpy(np.stack([length, context_start, context_end], axis=1)).to(device)
+        self.bounds = torch.from_numpy(np.stack([self.lengths, context_start, context_end], axis=1)).to(device)
         # The best spans of each question so far, best first: those of question i are best[i, :num_best[i]].
         self.best = np.zeros((len(self.ids), settings.n_best_size), _SPAN)
         self.num_best = np.zeros(len(self.ids), np.int32)
         self.nulls = np.full(len(self.ids), np.array((-1, -1, -1, np.inf, np.inf), _SPAN))
         self.num_windows = 0  # kept so far
-        self._found: list[torch.Tensor] = []  # and not fetched yet
+        self._found: list[torch.Tensor] = []  # and not merged into `best` yet
 
     def find(self, window: torch.Tensor, start_logits: torch.Tensor, end_logits: torch.Tensor) -> torch.Tensor:
         """The best spans of each window of a batch, for `keep`; only reads, and runs where the logits are.
@@ -187,16 +187,17 @@ class AnswerSearch:
         """Keeps what `find` found in some windows, each of which must come once.
 
         Raises ValueError for NaN, +inf or an overflow at a token of a window, and in version 2 for -inf at the null
-        answer (names the questions). On an accelerator that comes up to WINDOWS_PER_FETCH windows later.
+        answer (names the questions). On an accelerator that comes up to WINDOWS_PER_MERGE windows later.
         """
+        if found.device.type == "cpu":  # waiting for an accelerator at each batch would let it stand idle
+            self._check(found)
         self._found.append(found)
-        # Waiting for an accelerator at each batch would let it stand idle meanwhile.
-        if found.device.type == "cpu" or sum(map(len, self._found)) >= WINDOWS_PER_FETCH:
-            self._fetch()
+        if sum(map(len, self._found)) >= WINDOWS_PER_MERGE:
+            self._merge()
 
     def predictions(self) -> QAPredictions:
         """The answers, once all windows are kept. Raises ValueError where some are not."""
-        self._fetch()
+        self._merge()
         if self.num_windows != len(self.example):
             raise ValueError(
                 f"there are logits of {self.num_windows} windows, but the features have {len(self.example)}: "
@@ -205,19 +206,23 @@ class AnswerSearch:
         pieces = [self._predict(first) for first in range(0, max(len(self.ids), 1), QUESTIONS_PER_PIECE)]
         return _join(pieces, self.ids)
 
-    def _fetch(self) -> None:
-        if not self._found:
-            return
-        found = torch.cat(self._found).cpu().numpy()
-        self._found.clear()
-        self.num_windows += len(found)
-        usable, nulls, spans = _unpack(found, self.settings.n_best_size)
+    def _check(self, found: torch.Tensor) -> None:
+        window, usable = found[:, :2].T.numpy()
         if not usable.all():
-            broken = [self.ids[i] for i in np.unique(self.example[nulls["window"][~usable]])]
+            broken = [self.ids[i] for i in np.unique(self.example[window[usable == 0]])]
             raise ValueError(
                 f"the logits of {len(broken)} questions hold NaN or infinity (first ids: {', '.join(broken[:5])}): "
                 "the model diverged or overflowed; use an earlier checkpoint or a wider dtype"
             )
+
+    def _merge(self) -> None:
+        if not self._found:
+            return
+        found = torch.cat(self._found).cpu()
+        self._found.clear()
+        self._check(found)
+        self.num_windows += len(found)
+        nulls, spans = _unpack(found.numpy(), self.settings.n_best_size)
         self._keep_best(spans[spans["start"] >= 0])
         if self.settings.version_2_with_negative:
             self._keep_lowest(nulls)
@@ -361,17 +366,17 @@ def best_spans(
     (batch, 2 n_best_size) with -1 where there are fewer spans, and their start and end logits, float32, likewise.
     """
     length, context_start, context_end = bounds[:, :1], bounds[:, 1:2], bounds[:, 2:]
-    inside = torch.arange(start_logits.shape[1], device=bounds.device) < length
-    start_logit, start = _largest(start_logits, inside, n_best_size)  # (batch, n)
-    end_logit, end = _largest(end_logits, inside, n_best_size)
+    outside = torch.arange(start_logits.shape[1], device=bounds.device) >= length
+    start_logit, start = _largest(start_logits.masked_fill(outside, -math.inf), n_best_size)  # (batch, n)
+    end_logit, end = _largest(end_logits.masked_fill(outside, -math.inf), n_best_size)
 
-    score = start_logit[:, :, None] + end_logit[:, None, :]  # (batch, n, n)
-    tokens = end[:, None, :] - start[:, :, None] + 1
-    valid = ((start >= context_start) & (start < context_end))[:, :, None] & (end < context_end)[:, None, :]
-    valid &= (tokens >= 1) & (tokens <= max_answer_length) & (score > -math.inf)
-    _, pair = _largest(score.flatten(1), valid.flatten(1), n_best_size)  # (batch, up to n)
-    found = pair >= 0
-    start_rank, end_rank = pair.clamp(min=0) // end.shape[1], pair.clamp(min=0) % end.shape[1]
+    start_score = start_logit.masked_fill((start < context_start) | (start >= context_end), -math.inf)
+    end_score = end_logit.masked_fill(end >= context_end, -math.inf)
+    more_tokens = end[:, None, :] - start[:, :, None]  # (batch, n, n)
+    score = start_score[:, :, None] + end_score[:, None, :]
+    score.masked_fill_((more_tokens < 0) | (more_tokens >= max_answer_length), -math.inf)
+    score, pair = _largest(score.flatten(1), n_best_size)  # (batch, up to n)
+    start_rank, end_rank = pair // end.shape[1], pair % end.shape[1]
     columns = []
     for values, rank, nothing in (
         (start, start_rank, -1),
@@ -379,37 +384,34 @@ def best_spans(
         (start_logit, start_rank, 0.0),
         (end_logit, end_rank, 0.0),
     ):
-        column = values.gather(1, rank).masked_fill(~found, nothing)
+        column = values.gather(1, rank).masked_fill(score == -math.inf, nothing)
         columns.append(torch.nn.functional.pad(column, (0, n_best_size - column.shape[1]), value=nothing))
     return torch.cat(columns[:2], dim=1).int(), torch.cat(columns[2:], dim=1)
 
 
-def _largest(values: torch.Tensor, valid: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The n largest valid float32 values of each row and their columns, descending; equal values by column.
+def _largest(values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The n largest float32 values of each row and their columns, descending; equal values by column.
 
-    values, valid: (rows, columns). Returns values and columns (rows, min(n, columns)); the column is -1, and the value
-    -inf, where a row has fewer than n valid ones.
+    values: (rows, columns). Returns values and columns, (rows, min(n, columns)).
     """
     num_columns = values.shape[1]
-    # One integer that sorts like (value, lower column first) makes topk, which is not stable, exact about ties.
-    column = torch.arange(num_columns - 1, -1, -1, device=values.device)
     bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
     # Bits of floats, read as integers, sort like the floats once those of negative ones, all but the sign, are flipped.
-    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | column
-    invalid = torch.iinfo(torch.int64).min
-    top = keys.masked_fill_(~valid, invalid).topk(min(n, num_columns), dim=1).values
-    found = top != invalid
-    columns = num_columns - 1 - (top & 0xFFFFFFFF)  # an invalid key gives the last column
-    return values.gather(1, columns).masked_fill(~found, -math.inf), columns.masked_fill(~found, -1)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    # One integer that sorts like (value, lower column first) makes topk, which is not stable, exact about ties.
+    later = torch.arange(num_columns - 1, -1, -1, device=values.device)
+    top = torch.add(later, bits.long(), alpha=2**32).topk(min(n, num_columns), dim=1).values
+    columns = num_columns - 1 - (top & 0xFFFFFFFF)
+    return values.gather(1, columns), columns
 
 
-def _unpack(found: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _unpack(found: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """What `AnswerSearch.find` has put side by side, floats as their bits.
 
     That is the window, whether its logits can be used, start and end logit of the null answer, and then of the spans
     all starts, all ends, all start logits and all end logits.
 
-    found: (windows, 4 + 4 n) int32. Returns usable (windows,) bool, null answers (windows,) and spans (windows, n).
+    found: (windows, 4 + 4 n) int32. Returns the null answers, (windows,) of _SPAN, and the spans, (windows, n).
     """
     nulls, spans = np.empty(len(found), _SPAN), np.empty((len(found), n), _SPAN)
     nulls["window"], spans["window"] = found[:, 0], found[:, :1]
@@ -418,7 +420,7 @@ def _unpack(found: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     spans["start"], spans["end"] = found[:, 4 : 4 + n], found[:, 4 + n : 4 + 2 * n]
     logits = found[:, 4 + 2 * n :].view(np.float32)
     spans["start_logit"], spans["end_logit"] = logits[:, :n], logits[:, n:]
-    return found[:, 1] != 0, nulls, spans
+    return nulls, spans
 
 
 # ---------------------------------------------------------------------------------------------------------------------
