@@ -172,18 +172,20 @@ class QuestionAnsweringTrainer(Trainer):
         # Windows of like length share a batch; the longest come first, so that running out of memory shows at once.
         order = np.argsort(-search.lengths, kind="stable")
         start_time = time.time()
-        # Evaluating must not move the random state that training goes on with.
-        with torch.random.fork_rng(devices=[]):
-            self.evaluation_loop(
-                self._loader_of_all(
-                    features.add_column("window", np.arange(len(features), dtype=np.int32)).select(order)
-                ),
-                description="Evaluation",
-                prediction_loss_only=False,
-                metric_key_prefix=prefix,
-            )
-        if not self.is_in_train:
-            self._close_bars()
+        numbered = features.add_column("window", np.arange(len(features), dtype=np.int32))
+        try:
+            # Evaluating must not move the random state that training goes on with.
+            with torch.random.fork_rng(devices=[]):
+                self.evaluation_loop(
+                    self._loader_of_all(numbered.select(order)),
+                    description="Evaluation",
+                    prediction_loss_only=False,
+                    metric_key_prefix=prefix,
+                )
+        finally:
+            self._search = None
+            if not self.is_in_train:
+                self._close_bars()
         return search, speed_metrics(prefix, start_time, num_samples=len(features))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -206,7 +208,6 @@ class QuestionAnsweringTrainer(Trainer):
 
     def _answer(self, features, examples, prefix: str) -> dict[str, float]:
         search, metrics = self.find_answers(features, examples, prefix)
-        self._search = None
         scores = on_main_process(lambda: self.post_process_function(examples, search.predictions(), prefix))
         return {**{f"{prefix}_{name}": value for name, value in scores.items()}, **metrics}
 
