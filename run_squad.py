@@ -44,7 +44,7 @@ from qa.processes import (
 from qa.read_squad import drop_misplaced_answers, load_examples
 from qa.windows import QADataCollator, WindowSettings, make_features, make_train_features
 from trainer_qa import QuestionAnsweringTrainer, TrainingStopped
-from utils_qa import one_line, postprocess_qa_predictions, squad_scores, write_predictions, write_text
+from utils_qa import AnswerSettings, one_line, squad_scores, write_predictions, write_text
 
 logger = logging.getLogger("run_squad")
 
@@ -199,7 +199,8 @@ class QATrainingArguments(TrainingArguments):
             raise ValueError("--dataloader_in_order False would mix up the windows: leave it out")
         if not self.eval_do_concat_batches or self.batch_eval_metrics:
             raise ValueError(
-                "answers need all logits at once: leave --eval_do_concat_batches False and --batch_eval_metrics out"
+                "answers are kept, not logits: --eval_do_concat_batches False and --batch_eval_metrics would have no "
+                "effect. Leave them out"
             )
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor has no effect on start and end positions: leave it out")
@@ -466,20 +467,11 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
         # Every trainable parameter of BERT takes part in the loss, so DDP need not look for those that do not.
         training_args.ddp_find_unused_parameters = False
 
-    def post_process(examples, features, logits, prefix):
-        answers = postprocess_qa_predictions(
-            examples,
-            features,
-            logits,
-            version_2_with_negative=data_args.version_2_with_negative,
-            n_best_size=data_args.n_best_size,
-            max_answer_length=data_args.max_answer_length,
-            null_score_diff_threshold=data_args.null_score_diff_threshold,
-        )
-        write_predictions(answers, training_args.output_dir, prefix)
+    def post_process(examples, predictions, prefix):
+        write_predictions(predictions, training_args.output_dir, prefix)
         if "answers" not in examples.column_names:
             return {}
-        return squad_scores(examples, answers, data_args.null_score_diff_threshold)
+        return squad_scores(examples, predictions, data_args.null_score_diff_threshold)
 
     half_precision = training_args.fp16 or training_args.bf16
     return QuestionAnsweringTrainer(
@@ -494,6 +486,12 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
             pad_to_max_length=data_args.max_seq_length if data_args.pad_to_max_length else None,
             # For half precision's kernels, where that cannot lead beyond the model's positions.
             pad_to_multiple_of=8 if half_precision and data_args.max_seq_length % 8 == 0 else None,
+        ),
+        answer_settings=AnswerSettings(
+            data_args.n_best_size,
+            data_args.max_answer_length,
+            data_args.version_2_with_negative,
+            data_args.null_score_diff_threshold,
         ),
         post_process_function=post_process,
         run_settings=settings,

@@ -3,9 +3,11 @@
 python scripts/benchmark.py attention [--sizes base large] [--lengths 160x10 384x4 512x4] [--repeats 8] [--json FILE]
 python scripts/benchmark.py data [--questions 87599] [--repeats 3] [--json FILE]
 python scripts/benchmark.py training [--size base] [--questions 20000] [--batches 8] [--repeats 3] [--json FILE]
+python scripts/benchmark.py scale [--contracts 1 4 16] [--json FILE]
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -17,6 +19,7 @@ import statistics
 import string
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +35,7 @@ def main() -> None:
     add_attention_command(commands)
     add_data_command(commands)
     add_training_command(commands)
+    add_scale_command(commands)
     args = parser.parse_args()
     rows = args.run(args)
     if args.json:
@@ -359,30 +363,12 @@ def data_row(what: str, seconds: dict[str, float]) -> dict:
 def write_squad_shaped_files(folder: Path, share: float) -> list[str]:
     """Writes train.json and validation.json with this share of SQuAD 1.1's questions; returns a WordPiece vocabulary.
 
-    Words are syllables with Zipf's frequencies; the frequent ones are one token, the rare ones several. Contexts have a
-    lognormal number of words: 150 tokens in the mean, one in a hundred more than 384, as in SQuAD.
+    Contexts have a lognormal number of words: 150 tokens in the mean, one in a hundred more than 384, as in SQuAD.
     """
     import numpy as np
 
     rng = np.random.default_rng(0)
-    onsets, vowels, codas = "b br c d f g gr h k l m n p pr r s st t tr v w".split(), "aeiou", ["", "n", "r", "s"]
-    syllables = np.array([onset + vowel + coda for onset in onsets for vowel in vowels for coda in codas])
-    sizes = np.minimum(1 + rng.poisson(np.linspace(0.6, 2.4, 90_000)), 5)
-    words = np.split(rng.choice(syllables, sizes.sum()), np.cumsum(sizes)[:-1])
-    words = np.array(list(dict.fromkeys("".join(word) for word in words)))
-    cumulative = np.cumsum(1 / np.arange(10, len(words) + 10))
-
-    def draw(lengths: np.ndarray) -> list[list[str]]:
-        count = lengths.sum()
-        drawn = words[np.searchsorted(cumulative, rng.random(count) * cumulative[-1])].astype(object)
-        for kind, change in ((rng.random(count) < 0.12, str.capitalize), (rng.random(count) < 0.06, "{},".format)):
-            drawn[kind] = [change(word) for word in drawn[kind]]
-        numbers = rng.random(count) < 0.03
-        drawn[numbers] = rng.integers(1, 2020, numbers.sum()).astype(str)
-        drawn[rng.random(count) < 0.045] += "."
-        ends = np.cumsum(lengths).tolist()
-        return [drawn[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
-
+    draw, vocabulary = make_language(rng)
     for split, num_questions in SQUAD_QUESTIONS.items():
         num_questions = max(1, round(num_questions * share))
         num_contexts = max(1, round(num_questions / QUESTIONS_PER_PARAGRAPH[split]))
@@ -402,11 +388,39 @@ def write_squad_shaped_files(folder: Path, share: float) -> list[str]:
             paragraphs[context]["qas"].append(question)
         data = {"version": "1.1", "data": [{"title": "", "paragraphs": paragraphs}]}
         (folder / f"{split}.json").write_text(json.dumps(data))
+    return vocabulary
+
+
+def make_language(rng):
+    """(draw, vocabulary): `draw(lengths)` gives a list of so many words each; and a WordPiece vocabulary for them.
+
+    Words are syllables with Zipf's frequencies; the frequent ones are one token, the rare ones several.
+    """
+    import numpy as np
+
+    onsets, vowels, codas = "b br c d f g gr h k l m n p pr r s st t tr v w".split(), "aeiou", ["", "n", "r", "s"]
+    syllables = np.array([onset + vowel + coda for onset in onsets for vowel in vowels for coda in codas])
+    sizes = np.minimum(1 + rng.poisson(np.linspace(0.6, 2.4, 90_000)), 5)
+    words = np.split(rng.choice(syllables, sizes.sum()), np.cumsum(sizes)[:-1])
+    words = np.array(list(dict.fromkeys("".join(word) for word in words)))
+    cumulative = np.cumsum(1 / np.arange(10, len(words) + 10))
+
+    def draw(lengths: np.ndarray) -> list[list[str]]:
+        count = lengths.sum()
+        drawn = words[np.searchsorted(cumulative, rng.random(count) * cumulative[-1])].astype(object)
+        for kind, change in ((rng.random(count) < 0.12, str.capitalize), (rng.random(count) < 0.06, "{},".format)):
+            drawn[kind] = [change(word) for word in drawn[kind]]
+        numbers = rng.random(count) < 0.03
+        drawn[numbers] = rng.integers(1, 2020, numbers.sum()).astype(str)
+        drawn[rng.random(count) < 0.045] += "."
+        ends = np.cumsum(lengths).tolist()
+        return [drawn[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
 
     characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     pieces = [f"##{piece}" for piece in [*characters, *syllables.tolist()]]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return list(dict.fromkeys([*special, *characters, *pieces, *words[:28_000].tolist(), *syllables.tolist()]))
+    vocabulary = list(dict.fromkeys([*special, *characters, *pieces, *words[:28_000].tolist(), *syllables.tolist()]))
+    return draw, vocabulary
 
 
 def make_logits(features):
@@ -692,6 +706,210 @@ def padding_share(lengths, batches: list, longest: int | None) -> float:
     """The share of tokens that are padding where each batch is as wide as its longest window, or `longest`."""
     tokens = sum(len(batch) * (longest or int(lengths[batch].max())) for batch in batches)
     return 1 - int(lengths.sum()) / tokens
+
+
+# Long documents and large sets
+
+
+CONTRACT_CHARACTERS, CONTRACT_QUESTIONS = 54_000, 41  # as in CUAD
+SCALE_BATCH = 32
+
+
+def add_scale_command(commands) -> None:
+    parser = commands.add_parser(
+        "scale",
+        help="contracts of 54,000 characters with 41 questions, in windows of 128 tokens: how time and memory grow",
+    )
+    parser.add_argument("--contracts", type=int, nargs="+", default=[1, 4, 16], help="in each set (%(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.set_defaults(run=measure_scale)
+
+
+def measure_scale(args: argparse.Namespace) -> list[dict]:
+    """A row for each stage and size, and in the way of run_qa.py for the smallest: seconds and peak memory in bytes.
+
+    Reading, features, and evaluation with post-processing have a process of their own each.
+    """
+    print(f"one core, Python {platform.python_version()}")
+    print(
+        f"{'':17}{'contracts':>10}{'windows':>9}{'seconds':>9}{'of CPU':>8}{'windows/s':>11}{'peak MB':>9}{'mapped MB':>11}"
+    )
+    rows = []
+    for contracts in sorted(args.contracts):
+        with tempfile.TemporaryDirectory() as folder:
+            write_contracts(Path(folder), contracts)
+            stages = [read_contracts, make_contract_windows, answer_contracts]
+            if contracts == min(args.contracts):
+                stages.append(answer_contracts_as_run_qa)
+            for stage in stages:
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, context) as executor:
+                    measured = executor.submit(stage, folder).result()
+                for row in measured:
+                    rows.append({"contracts": contracts} | row)
+                    print_scale_row(rows[-1])
+    return rows
+
+
+def print_scale_row(row: dict) -> None:
+    windows, seconds = row["windows"] or "", row["seconds"]
+    rate = f"{row['windows'] / row['cpu_seconds']:11.0f}" if row["windows"] else f"{'':11}"
+    print(
+        f"{row['what']:<17}{row['contracts']:10}{windows:>9}{seconds:9.2f}{row['cpu_seconds']:8.2f}{rate}"
+        f"{row['peak_bytes'] / 1e6:9.0f}{row['mapped_bytes'] / 1e6:11.0f}",
+        flush=True,
+    )
+
+
+def write_contracts(folder: Path, contracts: int) -> None:
+    """Writes contracts.json, in SQuAD's layout, and vocabulary.json."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    draw, vocabulary = make_language(rng)
+    texts = draw(np.full(contracts, CONTRACT_CHARACTERS // 5))
+    questions = [" ".join(words) + "?" for words in draw(rng.integers(8, 20, CONTRACT_QUESTIONS))]
+    articles = []
+    for number, words in enumerate(texts):
+        context = " ".join(words)[:CONTRACT_CHARACTERS]
+        qas = []
+        for place, question in enumerate(questions):
+            start = int(rng.integers(len(context) - 100))
+            answer = {"text": context[start : start + 30], "answer_start": start}
+            qas.append({"id": f"{number}-{place}", "question": question, "answers": [answer]})
+        articles.append({"title": f"contract {number}", "paragraphs": [{"context": context, "qas": qas}]})
+    (folder / "contracts.json").write_text(json.dumps({"version": "1.1", "data": articles}))
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
+
+
+class Measured:
+    """Seconds, those of the processor, and peak memory of a `with` block: what is no file's, and what is mapped of files.
+
+    Pages of files that are mapped count as the process's memory too, but the kernel takes them back when it needs room.
+    """
+
+    def __enter__(self):
+        self.anonymous = self.mapped = 0
+        self._done = threading.Event()
+        self._watch = threading.Thread(target=self._look)
+        self._watch.start()
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *failure):
+        self.seconds = time.perf_counter() - self._start[0]
+        self.cpu_seconds = time.process_time() - self._start[1]
+        self._done.set()
+        self._watch.join()
+
+    def _look(self) -> None:
+        last = False
+        while not last:
+            last = self._done.wait(0.02)
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            self.anonymous = max(self.anonymous, 1024 * int(status["RssAnon"].split()[0]))
+            self.mapped = max(self.mapped, 1024 * int(status["RssFile"].split()[0]))
+
+    def row(self, what: str, windows: int = 0) -> dict:
+        row = {"what": what, "windows": windows, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        return row | {"peak_bytes": self.anonymous, "mapped_bytes": self.mapped}
+
+
+def contract_stage(folder: str):
+    """(tokenizer, window settings, function that reads the questions)."""
+    import datasets
+    import torch
+    from transformers import BertTokenizer
+
+    from qa.read_squad import read_squad_file
+    from qa.windows import WindowSettings
+
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
+    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
+    tokenizer("a", "a")  # what it makes at its first call
+    return tokenizer, WindowSettings(128, 64), lambda: read_squad_file(Path(folder, "contracts.json"), folder)
+
+
+def read_contracts(folder: str) -> list[dict]:
+    *_, read = contract_stage(folder)
+    with Measured() as measured:
+        read()
+    return [measured.row("reading")]
+
+
+def make_contract_windows(folder: str) -> list[dict]:
+    from qa.windows import make_features
+
+    tokenizer, windows, read = contract_stage(folder)
+    examples = read()
+    with Measured() as measured:
+        features = make_features(examples, tokenizer, windows)
+    return [measured.row("features", len(features))]
+
+
+def answer_contracts(folder: str) -> list[dict]:
+    from qa.windows import QADataCollator, make_features
+    from run_squad import QATrainingArguments
+    from trainer_qa import QuestionAnsweringTrainer
+    from utils_qa import write_predictions
+
+    tokenizer, windows, read = contract_stage(folder)
+    examples = read()
+    features = make_features(examples, tokenizer, windows)
+    trainer = QuestionAnsweringTrainer(
+        model=make_tiny_bert(len(tokenizer)),
+        args=QATrainingArguments(folder, per_device_eval_batch_size=SCALE_BATCH, disable_tqdm=True),
+        data_collator=QADataCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    with Measured() as evaluation:
+        search, _ = trainer.find_answers(features, examples, "eval")
+    with Measured() as post_processing:
+        write_predictions(search.predictions(), folder, "eval")
+    return [evaluation.row("evaluation", len(features)), post_processing.row("post-processing", len(features))]
+
+
+def answer_contracts_as_run_qa(folder: str) -> list[dict]:
+    """All in the way of run_qa.py: windows, the Trainer's own evaluation, which keeps all logits, and answers."""
+    import numpy as np
+    import torch
+    import transformers
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    transformers.logging.set_verbosity_error()
+    tokenizer, windows, read = contract_stage(folder)
+    examples = read()
+    windows = dataclasses.replace(windows, doc_stride=40)  # there the overlap, which makes about as many windows
+    with Measured() as making:
+        features = run_qa_features(examples, tokenizer, windows)
+    arguments = {"per_device_eval_batch_size": SCALE_BATCH, "disable_tqdm": True, "report_to": "none"}
+    arguments |= {"use_cpu": not torch.accelerator.is_available()}
+    trainer = Trainer(
+        model=make_tiny_bert(len(tokenizer)),
+        args=TrainingArguments(folder, **arguments),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    with Measured() as evaluation:
+        logits = trainer.predict(features.remove_columns(["example_id", "offset_mapping"])).predictions
+    with Measured() as post_processing:
+        run_qa_answers(examples, features, [np.asarray(part) for part in logits], folder)
+    stages = {"features": making, "evaluation": evaluation, "answers": post_processing}
+    return [measured.row(f"run_qa {what}", len(features)) for what, measured in stages.items()]
+
+
+def make_tiny_bert(vocab_size: int):
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(
+        BertConfig(
+            vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
+        )
+    )
 
 
 if __name__ == "__main__":
