@@ -15,6 +15,7 @@ from tiny import NO_ANSWER, make_examples
 from qa import read_squad
 from qa.read_squad import (
     EXAMPLE_FEATURES,
+    STORED_FEATURES,
     drop_misplaced_answers,
     load_examples,
     read_squad_file,
@@ -98,7 +99,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, tmp_path):
     examples = read_squad_file(write(tmp_path / "file", LAYOUTS[layout]), tmp_path / "cache")
-    assert examples.features == EXAMPLE_FEATURES
+    assert examples.features == STORED_FEATURES
     assert examples.to_list() == ROWS
 
 
