@@ -269,7 +269,9 @@ class AnswerSearch:
             nulls = self.nulls[piece]
             nulls = _not_a_span(np.arange(len(ids)), nulls["start_logit"], nulls["end_logit"])
         candidates = _n_best(candidates, nulls, self.settings.n_best_size, len(ids))
-        contexts = _distinct_texts(self.examples, "context", piece)
+        contexts = distinct_texts(self.examples, "context", piece)
+        strings = contexts.distinct.to_pylist()
+        contexts = [strings[i] for i in contexts.row.tolist()]
         return _to_predictions(candidates, nulls, ids, contexts, self.settings.null_score_diff_threshold)
 
 
@@ -322,14 +324,30 @@ def _characters(features: datasets.Dataset, spans: np.ndarray) -> tuple[np.ndarr
     return char_start, char_end
 
 
-def _distinct_texts(dataset: datasets.Dataset, name: str, rows: slice) -> list[str]:
-    """The texts of some rows; rows with the same text share one string."""
+class Texts(NamedTuple):
+    """A column of texts: the distinct ones, in the order of their first rows, and which of them each row holds."""
+
+    distinct: pa.LargeStringArray  # (num_distinct,)
+    row: np.ndarray  # (num_rows,) int32
+
+
+def distinct_texts(dataset: datasets.Dataset, name: str, rows: slice = slice(None)) -> Texts:
+    """The texts of some rows, each distinct one once, whether they are stored so (dictionary-encoded) or row by row."""
     column = dataset.with_format("arrow", columns=[name])[rows].column(name)
-    texts = []
-    for chunk in column.dictionary_encode().chunks:
-        distinct = chunk.dictionary.to_pylist()
-        texts += [distinct[i] for i in chunk.indices.to_pylist()]
-    return texts
+    if not pa.types.is_dictionary(column.type):  # large strings: texts of more than 2 GB make one array
+        column = column.cast(pa.large_string()).dictionary_encode()
+    if column.num_chunks == 0:
+        return Texts(pa.array([], pa.large_string()), np.zeros(0, np.int32))
+    column = pa.concat_arrays(column.chunks)
+    # A selection of rows has the dictionary of all of them.
+    used, first, row = np.unique(column.indices.to_numpy(), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order))
+    used, distinct = used[order], column.dictionary
+    if len(used) < len(distinct) or (np.diff(used) < 0).any():
+        distinct = distinct.take(pa.array(used))
+    return Texts(distinct, rank[row])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,29 +1,32 @@
-"""Questions in: from the hub or from files in any SQuAD layout, as `datasets.Dataset` of EXAMPLE_FEATURES."""
+"""Questions in: from the hub or from files in any SQuAD layout, as `datasets.Dataset` of STORED_FEATURES."""
 
 import contextlib
 import hashlib
 import json
 import logging
 import os
-import re
 import reprlib
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
+from datasets.features import features as registry
+from datasets.table import table_cast
 
 from qa import hub
-from utils_qa import one_line
+from utils_qa import distinct_texts, one_line
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 1  # part of every cache file's name: raise it when the same file is read as something else
+READER_VERSION = 2  # part of every cache file's name: raise it when the same file is read as something else
 ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
 
 EXAMPLE_FEATURES = Features(
@@ -37,6 +40,34 @@ EXAMPLE_FEATURES = Features(
 )
 
 
+@dataclass
+class DistinctText:
+    """A column of strings that holds each distinct one once, of any total size: Arrow's dictionary encoding.
+
+    datasets has no feature type for it, and would write out the strings row by row.
+    """
+
+    dtype: ClassVar[str] = "large_string"
+    pa_type: ClassVar[pa.DataType] = pa.dictionary(pa.int32(), pa.large_string())
+    _type: str = field(default="DistinctText", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def cast_storage(self, storage: pa.Array) -> pa.Array:
+        if storage.type == self.pa_type:
+            return storage
+        return storage.cast(self.pa_type.value_type).dictionary_encode()
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # datasets calls all feature types of others experimental
+    registry.register_feature(DistinctText, DistinctText.__name__)
+
+# What EXAMPLE_FEATURES are on disk and in memory: a contract of 40 questions is there once.
+STORED_FEATURES = Features({**EXAMPLE_FEATURES, "context": DistinctText()})
+
+
 def load_examples(
     dataset_name: str | None,
     dataset_config_name: str | None,
@@ -47,7 +78,7 @@ def load_examples(
     """Examples of each split ("train", "validation", "test") from the hub, from files, or from both.
 
     `files` maps a split to a path; a file takes the place of the hub dataset's split of that name. Every split has the
-    columns of `EXAMPLE_FEATURES`, "answers" only where the source has gold answers.
+    columns of `STORED_FEATURES`, "answers" only where the source has gold answers.
 
     Raises ValueError: the dataset is not found or has other columns, a file is not SQuAD, a split holds no question.
     """
@@ -70,7 +101,20 @@ def _load_hub_dataset(name: str, config_name: str | None, cache_dir: str | None,
 
 
 def _conform_hub_split(dataset: Dataset, source: str) -> Dataset:
-    """The columns of EXAMPLE_FEATURES, in their types; "title" may be missing, and "answers" where there are none."""
+    """The columns of STORED_FEATURES, in their types; "title" may be missing, and "answers" where there are none.
+
+    The result is kept beside the dataset's own file.
+    """
+    files = dataset.cache_files
+    directory = os.path.dirname(files[0]["filename"]) if files else datasets.config.HF_DATASETS_CACHE
+    path = os.path.join(directory, f"squad-{dataset._fingerprint}-v{READER_VERSION}.arrow")
+    if not os.path.exists(path):
+        table = _conform_hub_table(dataset, source)
+        write_arrow(path, _stored_features(table), [table])
+    return Dataset.from_file(path)
+
+
+def _conform_hub_table(dataset: Dataset, source: str) -> pa.Table:
     for column in ("id", "context", "question"):
         if column not in dataset.column_names:
             raise ValueError(f'{source}: no column "{column}"; found {", ".join(dataset.column_names)}')
@@ -79,14 +123,20 @@ def _conform_hub_split(dataset: Dataset, source: str) -> Dataset:
     if "title" not in dataset.column_names:
         dataset = dataset.add_column("title", pa.array([""] * len(dataset)))
     features = Features({name: kind for name, kind in EXAMPLE_FEATURES.items() if name in dataset.column_names})
-    dataset = dataset.select_columns(list(features))
-    if dataset.features != features:
-        try:
-            dataset = dataset.cast(features)
-        except (pa.ArrowInvalid, TypeError, ValueError) as error:
-            raise ValueError(f"{source}: its columns are not those of SQuAD: {' '.join(str(error).split())}") from error
-    _check_hub_rows(dataset.with_format("arrow")[:], source)
-    return dataset
+    table = dataset.select_columns(list(features)).with_format("arrow")[:]
+    texts = features.copy()
+    texts["context"] = Value("large_string")  # of which a column holds more than 2 GB
+    try:
+        table = table_cast(table, texts.arrow_schema)
+    except (pa.ArrowInvalid, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its columns are not those of SQuAD: {' '.join(str(error).split())}") from error
+    _check_hub_rows(table, source)
+    place = table.column_names.index("context")
+    return table.set_column(place, "context", table["context"].dictionary_encode())
+
+
+def _stored_features(table: pa.Table) -> Features:
+    return Features({name: STORED_FEATURES[name] for name in table.column_names})
 
 
 def _check_hub_rows(table: pa.Table, source: str) -> None:
@@ -122,32 +172,35 @@ def read_squad_file(path: str, cache_dir: str | None = None) -> Dataset:
     path = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            name = f"squad-{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}-v{READER_VERSION}.arrow"
+            cache_path = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files", name)
+            table = None if os.path.exists(cache_path) else _parse_squad(file, path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    name = f"squad-{hashlib.sha256(content).hexdigest()[:32]}-v{READER_VERSION}.arrow"
-    cache_path = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files", name)
-    if not os.path.exists(cache_path):
-        table = _parse_squad(content, path)
-        features = Features({name: EXAMPLE_FEATURES[name] for name in table.column_names})
-        write_arrow(cache_path, features, [table])
+    if table is not None:
+        write_arrow(cache_path, _stored_features(table), [table])
     return Dataset.from_file(cache_path)
 
 
-def _parse_squad(content: bytes, path: str) -> pa.Table:
+def _parse_squad(file: BinaryIO, path: str) -> pa.Table:
     rows: dict[str, list] = {name: [] for name in ("id", "title", "context", "question", "answers")}
     places: dict[str, str] = {}
-    for row, place in _squad_rows(_parse_json(content, path), path):
-        id_ = row[0]
+    contexts: dict[str, int] = {}  # each distinct one, and its number
+    for (id_, title, context, question, answers), place in _squad_rows(_parse_json(file, path), path):
         if id_ in places:
             raise ValueError(f"{path}: {place}: id {_shown(id_)} is already the id of {places[id_]}")
         places[id_] = place
+        row = id_, title, contexts.setdefault(context, len(contexts)), question, answers
         for column, value in zip(rows.values(), row, strict=True):
             column.append(value)
     if not places:
         raise ValueError(f"{path}: holds no question")
     answers = rows.pop("answers")
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()})
+    columns = {name: pa.array(rows[name], pa.string()) for name in ("id", "title", "question")}
+    columns["context"] = pa.DictionaryArray.from_arrays(
+        pa.array(rows["context"], pa.int32()), pa.array(contexts, pa.large_string())
+    )
+    table = pa.table({name: columns[name] for name in rows})
     if all(answer is None for answer in answers):
         return table
     if any(answer is None for answer in answers):
@@ -165,33 +218,72 @@ def _parse_squad(content: bytes, path: str) -> pa.Table:
     return table.append_column("answers", struct)
 
 
-def _parse_json(content: bytes, path: str) -> Any:
-    """The file's JSON value, or an iterator over the values of its lines."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start}: not UTF-8 text") from error
-    if not text or text.isspace():
+def _parse_json(file: BinaryIO, path: str) -> Any:
+    """The file's JSON value, or an iterator over the values of its lines, which reads one at a time."""
+    file.seek(0)
+    lines = _lines(file, path)
+    _, first = next(lines, (0, None))
+    if first is None:
         raise ValueError(f"{path}: is empty")
     try:
-        return json.loads(text)
+        value = json.loads(first, object_hook=_ShareContexts())
+    except (RecursionError, ValueError):  # of a value of many lines, or of none; the whole file tells
+        pass
+    else:
+        return value if next(lines, None) is None else _parse_json_lines(file, path)
+    del first
+    file.seek(0)
+    try:
+        return json.loads(_decode(file.read(), 0, path), object_hook=_ShareContexts())
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") == 0:
-            return _parse_json_lines(text, path)
         raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
-    except (RecursionError, ValueError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
+    except ValueError as error:
+        if str(error).startswith(path):
+            raise
         raise ValueError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
 
 
-def _parse_json_lines(text: str, path: str) -> Iterator[Any]:
-    for number, line in enumerate(re.finditer(r"[^\n]*\n?", text), start=1):
-        if line[0] and not line[0].isspace():
-            try:
-                yield json.loads(line[0])
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
-            except (RecursionError, ValueError) as error:
-                raise ValueError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
+class _ShareContexts:
+    """Makes equal contexts of objects that `json` reads one string, as soon as each is read."""
+
+    def __init__(self):
+        self.contexts: dict[str, str] = {}
+
+    def __call__(self, item: dict) -> dict:
+        context = item.get("context")
+        if isinstance(context, str):
+            item["context"] = self.contexts.setdefault(context, context)
+        return item
+
+
+def _parse_json_lines(file: BinaryIO, path: str) -> Iterator[Any]:
+    file.seek(0)
+    for number, line in _lines(file, path):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
+
+
+def _lines(file: BinaryIO, path: str) -> Iterator[tuple[int, str]]:
+    """The lines from here on that are not blank, and their numbers."""
+    start = file.tell()
+    for number, line in enumerate(file, start=1):
+        text = _decode(line, start, path)
+        start += len(line)
+        if text and not text.isspace():
+            yield number, text
+
+
+def _decode(content: bytes, start: int, path: str) -> str:
+    try:
+        return content.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {start + error.start}: not UTF-8 text") from error
 
 
 def _squad_rows(root: Any, path: str) -> Iterator[tuple[tuple, str]]:
@@ -298,17 +390,22 @@ def drop_misplaced_answers(examples: Dataset, source: str) -> Dataset:
     """
     if "answers" not in examples.column_names:
         raise ValueError(f'{source}: missing key "answers": without gold answers it cannot be trained on')
-    misplaced, misplaced_ids = [], []
-    for batch in examples.select_columns(["id", "context", "answers"]).with_format("arrow").iter(4096):
-        rows = zip(*(batch[name].to_pylist() for name in ("id", "context", "answers")), strict=True)
-        for id_, context, answers in rows:
-            wrong = False
-            if answers["text"]:
-                text, start = answers["text"][0], answers["answer_start"][0]
-                wrong = not text or start < 0 or not context.startswith(text, start)
-            misplaced.append(wrong)
-            if wrong:
-                misplaced_ids.append(id_)
+    contexts = distinct_texts(examples, "context")
+    table = examples.select_columns(["id", "answers"]).with_format("arrow")[:]
+    answers = table["answers"].combine_chunks()
+    texts, starts = answers.field("text"), answers.field("answer_start")
+    answered = np.flatnonzero(pc.list_value_length(texts).to_numpy() > 0)
+    first_texts = texts.values.take(pa.array(texts.offsets.to_numpy()[answered])).to_pylist()
+    first_starts = starts.values.to_numpy()[starts.offsets.to_numpy()[answered]].tolist()
+    misplaced = np.zeros(len(examples), bool)
+    row, context = -1, ""
+    for i in np.argsort(contexts.row[answered], kind="stable").tolist():  # each context is made a string once
+        if row != contexts.row[answered[i]]:
+            row = int(contexts.row[answered[i]])
+            context = contexts.distinct[row].as_py()
+        text, start = first_texts[i], first_starts[i]
+        misplaced[answered[i]] = not text or start < 0 or not context.startswith(text, start)
+    misplaced_ids = table["id"].filter(pa.array(misplaced)).to_pylist()
     if not misplaced_ids:
         return examples
     logger.warning(
@@ -317,14 +414,18 @@ def drop_misplaced_answers(examples: Dataset, source: str) -> Dataset:
     )
     if len(misplaced_ids) == len(examples):
         raise ValueError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
-    return examples.select(np.flatnonzero(~np.array(misplaced)))
+    return examples.select(np.flatnonzero(~misplaced))
 
 
-def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
-    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it."""
+def write_arrow(path: str, features: Features, tables: Iterable[pa.Table], notes: dict[str, str] | None = None) -> None:
+    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it.
+
+    `notes` stand in the metadata of its schema, where `arrow_notes` finds them.
+    """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     beside = f"{path}.{uuid.uuid4().hex[:8]}.writing"
     schema = features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, **(notes or {})})
     try:
         with pa.OSFile(beside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for table in tables:
@@ -334,3 +435,9 @@ def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> No
         with contextlib.suppress(FileNotFoundError):
             os.remove(beside)
         raise
+
+
+def arrow_notes(path: str) -> dict[str, str]:
+    """The notes of a file that `write_arrow` has written."""
+    with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
+        return {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}
