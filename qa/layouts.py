@@ -1,5 +1,7 @@
 """From a file's bytes, or a table's rows, to questions: JSON, JSON lines and Parquet, in any of SQuAD's layouts."""
 
+import gzip
+import io
 import json
 import re
 import reprlib
@@ -93,28 +95,25 @@ def _open(content: bytes, path: str) -> Source:
 
 def _decompress(content: bytes, path: str) -> bytes:
     limit = min(MOST_DECOMPRESSED, max(ALWAYS_DECOMPRESSED, MOST_COMPRESSION * len(content)))
-    parts, size, rest = [], 0, content
-    while rest.startswith(GZIP):  # a file may be several, end to end
-        member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        while not member.eof:
-            try:
-                part = member.decompress(rest, 2**24)
-            except zlib.error as error:
-                raise ValueError(f"{path}: damaged gzip: {one_line(error)}") from error
-            rest = member.unused_data if member.eof else member.unconsumed_tail
-            if not part and not rest and not member.eof:
-                raise ValueError(f"{path}: its gzip data breaks off after {len(content)} bytes: fetch the file again")
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise ValueError(
-                    f"{path}: {len(content)} bytes of gzip hold more than {limit}, which is where reading stops (at "
-                    f"{MOST_COMPRESSION} times the size, at {MOST_DECOMPRESSED} bytes at most): decompress it yourself "
-                    "if that is meant"
-                )
-    if rest.strip(b"\0"):
-        raise ValueError(f"{path}: byte {len(content) - len(rest)}: what follows the gzip data is not gzip")
-    return b"".join(parts)
+    parts, size = [], 0
+    file = gzip.GzipFile(fileobj=io.BytesIO(content))
+    while True:
+        try:
+            part = file.read(2**20)
+        except EOFError as error:
+            raise ValueError(f"{path}: its gzip data breaks off after {len(content)} bytes: fetch it again") from error
+        except (OSError, zlib.error) as error:
+            raise ValueError(f"{path}: damaged gzip: {one_line(error)}") from error
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise ValueError(
+                f"{path}: {len(content)} bytes of gzip hold more than {limit}, which is where reading stops (at "
+                f"{MOST_COMPRESSION} times the size, at {MOST_DECOMPRESSED} bytes at most): decompress it yourself "
+                "if that is meant"
+            )
 
 
 def _parse_json(content: bytes, path: str) -> Any:
