@@ -167,18 +167,22 @@ def _write_rows(cache_path: str, rows: Iterable[tuple[Row, str]], path: str) -> 
 
 def _with_ids_noted(examples: Dataset, source: str) -> Dataset:
     """The same examples, after a line that says how many of them have their place for an id."""
-    ids = examples.with_format("arrow")[:]["id"]
-    made = pc.sum(pc.match_substring_regex(ids, f"^{PLACE}$")).as_py()
+    made = made_ids(examples)
     if made:
-        first = pc.index(pc.match_substring_regex(ids, f"^{PLACE}$"), True).as_py()
         logger.info(
             "%s: %d of %d questions have no id: their place in it is taken for one, such as %s.",
             source,
-            made,
-            len(ids),
-            ids[first],
+            len(made),
+            len(examples),
+            made[0],
         )
     return examples
+
+
+def made_ids(examples: Dataset) -> list[str]:
+    """The ids that are places in a file: of questions that had none."""
+    ids = examples.with_format("arrow", columns=["id"])[:]["id"]
+    return ids.filter(pc.match_substring_regex(ids, f"^{PLACE}$")).to_pylist()
 
 
 def _parse_squad(squad: Iterable[tuple[Row, str]], path: str) -> pa.Table:

@@ -5,6 +5,7 @@ import itertools
 import logging
 import re
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -109,43 +110,58 @@ def place_answers(examples: Dataset, source: str, misplaced: str = "repair") -> 
     """
     if "answers" not in examples.column_names:
         raise ValueError(f'{source}: missing key "answers": without gold answers it cannot be trained on')
-    changes, rows, repaired = [], [], {}  # repaired: the answers, by row
+    changes = misplaced_answers(examples, repair=misplaced == "repair")
+    if not changes:
+        return examples, []
+    left_out = [row for row, change in changes.items() if change["repaired_start"] is None]
+    _report_changes(changes.values(), len(examples), source, misplaced)
+    if len(left_out) == len(examples):
+        raise ValueError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
+    if len(left_out) < len(changes):
+        examples = _with_repaired_answers(examples, changes)
+    if left_out:
+        examples = examples.select(np.delete(np.arange(len(examples)), left_out))
+    return examples, list(changes.values())
+
+
+def misplaced_answers(examples: Dataset, repair: bool) -> dict[int, dict]:
+    """The changes of `place_answers`, by row. Without `repair` all are left out."""
+    changes = {}
     for row, (id_, context, answers) in enumerate(_answer_rows(examples)):
         if not answers["text"]:
             continue
         text, start = answers["text"][0], answers["answer_start"][0]
         if text and start >= 0 and context.startswith(text, start):
             continue
-        span = locate(context, text, start) if misplaced == "repair" else None
-        begin, end = span or (None, None)
-        change = {"id": id_, "text": text, "answer_start": start, "repaired_start": begin, "repaired_end": end}
-        changes.append(change)
-        rows.append(row)
-        if span is not None:
-            repaired[row] = {
-                "text": [context[begin:end], *answers["text"][1:]],
-                "answer_start": [begin, *answers["answer_start"][1:]],
-            }
-    if not changes:
-        return examples, []
-    left_out = [row for row, change in zip(rows, changes, strict=True) if change["repaired_start"] is None]
-    _report_changes(changes, len(examples), source, misplaced)
-    if len(left_out) == len(examples):
-        raise ValueError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
-    if repaired:
-        answers = examples.with_format("arrow")[:]["answers"].to_pylist()
-        answers = [repaired.get(row, answer) for row, answer in enumerate(answers)]
-        column = pa.array(answers, EXAMPLE_FEATURES.arrow_schema.field("answers").type)
-        examples = examples.remove_columns("answers").add_column("answers", column)
-    return examples.select(np.delete(np.arange(len(examples)), left_out)) if left_out else examples, changes
+        begin, end = (locate(context, text, start) if repair else None) or (None, None)
+        changes[row] = {
+            "id": id_,
+            "text": text,
+            "answer_start": start,
+            "repaired_start": begin,
+            "repaired_end": end,
+        }
+    return changes
 
 
-def _answer_rows(examples: Dataset):
+def _with_repaired_answers(examples: Dataset, changes: dict[int, dict]) -> Dataset:
+    column = []
+    for row, (_, context, answers) in enumerate(_answer_rows(examples)):
+        change = changes.get(row)
+        if change is not None and change["repaired_start"] is not None:
+            answers["text"][0] = context[change["repaired_start"] : change["repaired_end"]]
+            answers["answer_start"][0] = change["repaired_start"]
+        column.append(answers)
+    column = pa.array(column, EXAMPLE_FEATURES.arrow_schema.field("answers").type)
+    return examples.remove_columns("answers").add_column("answers", column)
+
+
+def _answer_rows(examples: Dataset) -> Iterator[tuple[str, str, dict]]:
     for batch in examples.select_columns(["id", "context", "answers"]).with_format("arrow").iter(4096):
         yield from zip(*(batch[name].to_pylist() for name in ("id", "context", "answers")), strict=True)
 
 
-def _report_changes(changes: list[dict], total: int, source: str, misplaced: str) -> None:
+def _report_changes(changes: Iterable[dict], total: int, source: str, misplaced: str) -> None:
     repaired = [change["id"] for change in changes if change["repaired_start"] is not None]
     left_out = [change["id"] for change in changes if change["repaired_start"] is None]
 

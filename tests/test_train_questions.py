@@ -95,7 +95,7 @@ def test_drop_misplaced_answers(caplog):
         "answers": {"text": [""], "answer_start": [0]},
     }
     examples = Dataset.from_list([*examples.to_list(), empty], features=EXAMPLE_FEATURES)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="qa"):
         kept, changes = place_answers(examples, "train.json", "drop")
     assert kept["id"][:] == ["g1", "g2", "g3"]
     assert "train.json: 4 of 7 questions are left out" in caplog.text and "b1, b2, b3, b4" in caplog.text
@@ -124,7 +124,7 @@ MOVED = [
 
 def test_repair(caplog):
     examples = make_examples(MOVED)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="qa"):
         placed, changes = place_answers(examples, "train.json")
     assert placed.features == EXAMPLE_FEATURES
     assert placed["id"][:] == ["right", "off by two", "zero", "white space", "no start", "no answer"]
@@ -208,7 +208,7 @@ def questions(contexts: int, each: int = 3) -> Dataset:
 )
 def test_hold_out(contexts, percentage, held, caplog):
     examples = questions(contexts)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="qa"):
         splits = hold_out({"train": examples, "test": None}, percentage, 42, "train.json")
     train, validation = splits["train"], splits["validation"]
     assert "test" in splits
@@ -239,7 +239,7 @@ def test_one_context_cannot_be_held_out():
 
 def test_flags_that_do_not_fit_the_questions(caplog):
     none, both = make_examples(MOVED[:7]), make_examples(MOVED)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="qa"):
         assert warn_of_flags("train", none, "f", False) is None
         assert warn_of_flags("train", both, "f", True) is None
         assert warn_of_flags("validation", none, "f", True) is None
