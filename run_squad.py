@@ -43,7 +43,14 @@ from qa.processes import (
 )
 from qa.read_squad import load_examples
 from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags
-from qa.windows import QADataCollator, WindowSettings, make_features, make_train_features
+from qa.windows import (
+    QADataCollator,
+    WindowSettings,
+    data_limits,
+    keep_negative_windows,
+    make_features,
+    make_train_features,
+)
 from trainer_qa import QuestionAnsweringTrainer, TrainingStopped
 from utils_qa import one_line, postprocess_qa_predictions, squad_scores, write_predictions, write_text
 
@@ -154,6 +161,13 @@ class DataTrainingArguments:
         default=0.0,
         metadata={"help": "Answer with nothing where its score is above the best answer's by more than this."},
     )
+    negative_windows: float = field(
+        default=1.0,
+        metadata={
+            "help": "Train on this share of the windows that hold no answer, drawn by the seed; in SQuAD 2.0 those of "
+            "questions without an answer are among them. 1 is what was published; of a contract nearly all are such."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N questions only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N questions only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first N questions only."})
@@ -170,6 +184,8 @@ class DataTrainingArguments:
         percentage = self.validation_split_percentage
         if percentage is not None and not 1 <= percentage <= 99:
             raise ValueError(f"--validation_split_percentage is {percentage}, must be from 1 to 99")
+        if not 0 <= self.negative_windows <= 1:
+            raise ValueError(f"--negative_windows is {self.negative_windows}, must be a share from 0 to 1")
 
 
 @dataclass
@@ -384,6 +400,8 @@ def log_summary(model, examples, features, data_args, training_args: QATrainingA
     logger.info("Model: %s, %s positions.", type(model).__name__, position_type_of(model.config))
     for split, questions in examples.items():
         logger.info("%s: %d questions, %d windows.", split.capitalize(), len(questions), len(features[split]))
+        for line in data_limits(features[split], data_args.max_answer_length, data_args.max_query_length):
+            logger.info("%s: %s.", split.capitalize(), line)
     logger.info(
         "Windows: at most %d tokens; the next one starts %d context tokens later (run_qa.py took --doc_stride as the "
         "overlap instead).",
@@ -483,10 +501,10 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
 
 
 def make_windows(examples: dict, tokenizer, data_args, training_args) -> dict:
-    """The features of each split, as `examples`."""
+    """The features of each split, as `examples`; of the training windows those that are trained on."""
     windows = WindowSettings(data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length)
     with training_args.main_process_first(desc="making the features"):
-        return {
+        features = {
             split: (make_train_features if split == "train" else make_features)(
                 questions,
                 tokenizer,
@@ -497,6 +515,10 @@ def make_windows(examples: dict, tokenizer, data_args, training_args) -> dict:
             )
             for split, questions in examples.items()
         }
+    if "train" in features:
+        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+        features["train"] = keep_negative_windows(features["train"], data_args.negative_windows, seed)
+    return features
 
 
 # ---- Training and answers ----

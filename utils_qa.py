@@ -99,7 +99,9 @@ def postprocess_qa_predictions(
     if n_best_size < 1 or max_answer_length < 1:
         raise ValueError(f"n_best_size is {n_best_size}, max_answer_length {max_answer_length}: both must be 1 or more")
     ids = _column(examples, "id").to_pylist()
-    contexts = _column(examples, "context").to_pylist()
+    contexts = distinct_texts(examples, "context")
+    strings = contexts.distinct.to_pylist()
+    contexts = [strings[i] for i in contexts.row.tolist()]
     windows = _windows_by_example(features, ids)
     start_logits, end_logits = (_check_shape(logits, windows) for logits in predictions)
     _check_values(start_logits, end_logits, windows, ids, version_2_with_negative)
@@ -161,6 +163,32 @@ def _column(dataset: datasets.Dataset, name: str) -> pa.Array:
     """One column as one Arrow array: no Python object per row, and a selection or shuffle of rows is honoured."""
     column = dataset.with_format("arrow", columns=[name])[:].column(name)
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+class Texts(NamedTuple):
+    """A column of texts: the distinct ones, in the order of their first rows, and which of them each row holds."""
+
+    distinct: pa.LargeStringArray  # (num_distinct,)
+    row: np.ndarray  # (num_rows,) int32
+
+
+def distinct_texts(dataset: datasets.Dataset, name: str, rows: slice = slice(None)) -> Texts:
+    """The texts of some rows, each distinct one once, whether they are stored so (dictionary-encoded) or row by row."""
+    column = dataset.with_format("arrow", columns=[name])[rows].column(name)
+    if not pa.types.is_dictionary(column.type):  # large strings: texts of more than 2 GB make one array
+        column = column.cast(pa.large_string()).dictionary_encode()
+    if column.num_chunks == 0:
+        return Texts(pa.array([], pa.large_string()), np.zeros(0, np.int32))
+    column = pa.concat_arrays(column.chunks)
+    # A selection of rows has the dictionary of all of them.
+    used, first, row = np.unique(column.indices.to_numpy(), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order))
+    used, distinct = used[order], column.dictionary
+    if len(used) < len(distinct) or (np.diff(used) < 0).any():
+        distinct = distinct.take(pa.array(used))
+    return Texts(distinct, rank[row])
 
 
 def _check_shape(logits: np.ndarray, windows: _Windows) -> np.ndarray:

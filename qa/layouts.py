@@ -8,7 +8,7 @@ import reprlib
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,8 +42,8 @@ class Source(NamedTuple):
     place: str  # of an item, with {} for its number
 
 
-def squad_rows(content: bytes, path: str) -> Iterator[tuple[Row, str]]:
-    """The questions of a file of these bytes, each with its place in the file.
+def squad_rows(file: BinaryIO, path: str) -> Iterator[tuple[Row, str]]:
+    """The questions of an open file that `path` names, each with its place in it; reads as they are asked for.
 
     JSON, JSON lines (one item a line) or Parquet (one item a row), gzipped or not, as the bytes say, not the name. An
     item is an article `{"title", "paragraphs": [...]}`, a paragraph `{"context", "qas": [...]}` or a flat row
@@ -55,7 +55,7 @@ def squad_rows(content: bytes, path: str) -> Iterator[tuple[Row, str]]:
     Raises ValueError of one line with `path` and the place; so too where more than MOST_DECOMPRESSED bytes, or (beyond
     ALWAYS_DECOMPRESSED) MOST_COMPRESSION times the file's size, would come out of a file.
     """
-    source = _open(content, path)
+    source = _open(file, path)
     return _rows(source.items, source.place, path)
 
 
@@ -64,9 +64,9 @@ def table_rows(batches: Iterable[pa.Table], path: str) -> Iterator[tuple[Row, st
     return _rows(chain.from_iterable(batch.to_pylist() for batch in batches), "row {}", path)
 
 
-def layout(content: bytes, path: str) -> str:
+def layout(file: BinaryIO, path: str) -> str:
     """What a file is to `squad_rows`, such as "gzipped JSON, articles". Raises ValueError as it does."""
-    source = _open(content, path)
+    source = _open(file, path)
     for number, item in enumerate(source.items):
         return f"{source.format}, {_kind(item, source.place.format(number), path)}"
     raise ValueError(f"{path}: holds no question")
@@ -75,13 +75,14 @@ def layout(content: bytes, path: str) -> str:
 # ---- From bytes to items ----
 
 
-def _open(content: bytes, path: str) -> Source:
-    gzipped = "gzipped " if content.startswith(GZIP) else ""
-    if gzipped:
-        content = _decompress(content, path)
-    if content.startswith(PARQUET):
-        return Source(f"{gzipped}Parquet", _parquet_items(content, path), "row {}")
-    root = _parse_json(content, path)
+def _open(file: BinaryIO, path: str) -> Source:
+    gzipped = ""
+    if _begins(file, GZIP):
+        gzipped, file = "gzipped ", io.BufferedReader(_Gunzipped(file, path))
+    if _begins(file, PARQUET):
+        # Of Parquet the end is read first.
+        return Source(f"{gzipped}Parquet", _parquet_items(io.BytesIO(file.read()) if gzipped else file, path), "row {}")
+    root = _parse_json(file, path)
     if isinstance(root, Iterator):
         return Source(f"{gzipped}JSON lines", root, "row {}")
     if isinstance(root, dict) and "data" in root:
@@ -93,66 +94,129 @@ def _open(content: bytes, path: str) -> Source:
     return Source(f"{gzipped}JSON", iter(_typed(root, list, "the file", path)), "row {}")
 
 
-def _decompress(content: bytes, path: str) -> bytes:
-    limit = min(MOST_DECOMPRESSED, max(ALWAYS_DECOMPRESSED, MOST_COMPRESSION * len(content)))
-    parts, size = [], 0
-    file = gzip.GzipFile(fileobj=io.BytesIO(content))
-    while True:
+def _begins(file: BinaryIO, magic: bytes) -> bool:
+    file.seek(0)
+    begins = file.read(len(magic)) == magic
+    file.seek(0)
+    return begins
+
+
+class _Gunzipped(io.RawIOBase):
+    """What a gzipped file holds, up to the size where reading stops. Raises ValueError of one line."""
+
+    def __init__(self, file: BinaryIO, path: str):
+        self.path, self.size = path, file.seek(0, io.SEEK_END)
+        self.limit = min(MOST_DECOMPRESSED, max(ALWAYS_DECOMPRESSED, MOST_COMPRESSION * self.size))
+        file.seek(0)
+        self.file = gzip.GzipFile(fileobj=file)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readinto(self, buffer) -> int:
         try:
-            part = file.read(2**20)
+            part = self.file.read(len(buffer))
         except EOFError as error:
-            raise ValueError(f"{path}: its gzip data breaks off after {len(content)} bytes: fetch it again") from error
-        except (OSError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip: {one_line(error)}") from error
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
-        size += len(part)
-        if size > limit:
             raise ValueError(
-                f"{path}: {len(content)} bytes of gzip hold more than {limit}, which is where reading stops (at "
-                f"{MOST_COMPRESSION} times the size, at {MOST_DECOMPRESSED} bytes at most): decompress it yourself "
-                "if that is meant"
+                f"{self.path}: its gzip data breaks off after {self.size} bytes: fetch it again"
+            ) from error
+        except (OSError, zlib.error) as error:
+            raise ValueError(f"{self.path}: damaged gzip: {one_line(error)}") from error
+        if self.tell() > self.limit:
+            raise ValueError(
+                f"{self.path}: {self.size} bytes of gzip hold more than {self.limit}, which is where reading stops (at "
+                f"{MOST_COMPRESSION} times the size, at {MOST_DECOMPRESSED} bytes at most): decompress it yourself if "
+                "that is meant"
             )
+        buffer[: len(part)] = part
+        return len(part)
 
 
-def _parse_json(content: bytes, path: str) -> Any:
-    """The file's JSON value, or an iterator over the values of its lines."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start}: not UTF-8 text; {FORMATS}") from error
-    if not text or text.isspace():
+def _parse_json(file: BinaryIO, path: str) -> Any:
+    """The file's JSON value, or an iterator over the values of its lines, which reads one at a time."""
+    file.seek(0)
+    lines = _lines(file, path)
+    _, first = next(lines, (0, None))
+    if first is None:
         raise ValueError(f"{path}: is empty")
     try:
-        return json.loads(text)
+        value = json.loads(first, object_hook=_ShareContexts())
+    except (RecursionError, ValueError):  # of a value of many lines, or of none; the whole file tells
+        pass
+    else:
+        return value if next(lines, None) is None else _parse_json_lines(file, path)
+    del first
+    file.seek(0)
+    try:
+        return json.loads(_decode(file.read(), 0, path), object_hook=_ShareContexts())
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") == 0:
-            return _parse_json_lines(text, path)
         raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
-    except (RecursionError, ValueError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
+    except ValueError as error:
+        if str(error).startswith(path):
+            raise
         raise ValueError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
 
 
-def _parse_json_lines(text: str, path: str) -> Iterator[Any]:
-    for number, line in enumerate(re.finditer(r"[^\n]*\n?", text), start=1):
-        if line[0] and not line[0].isspace():
-            try:
-                yield json.loads(line[0])
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
-            except (RecursionError, ValueError) as error:
-                raise ValueError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
+class _ShareContexts:
+    """Makes equal contexts of objects that `json` reads one string, as soon as each is read."""
+
+    def __init__(self):
+        self.contexts: dict[str, str] = {}
+
+    def __call__(self, item: dict) -> dict:
+        context = item.get("context")
+        if isinstance(context, str):
+            item["context"] = self.contexts.setdefault(context, context)
+        return item
 
 
-def _parquet_items(content: bytes, path: str) -> Iterator[dict]:
+def _parse_json_lines(file: BinaryIO, path: str) -> Iterator[Any]:
+    file.seek(0)
+    for number, line in _lines(file, path):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
+
+
+def _lines(file: BinaryIO, path: str) -> Iterator[tuple[int, str]]:
+    """The lines from here on that are not blank, and their numbers."""
+    start = file.tell()
+    for number, line in enumerate(file, start=1):
+        text = _decode(line, start, path)
+        start += len(line)
+        if text and not text.isspace():
+            yield number, text
+
+
+def _decode(content: bytes, start: int, path: str) -> str:
+    try:
+        return content.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {start + error.start}: not UTF-8 text; {FORMATS}") from error
+
+
+def _parquet_items(file: BinaryIO, path: str) -> Iterator[dict]:
     size = 0
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        names = file.schema_arrow.names
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
         if _kind_of(dict.fromkeys(names, True)) is None:
             raise _NoLayout(f"{path}: no column {LAYOUT_KEYS}; found {shown(names)}")
-        for batch in file.iter_batches(ROWS_PER_BATCH, columns=[name for name in names if name in KEYS]):
+        for batch in table.iter_batches(ROWS_PER_BATCH, columns=[name for name in names if name in KEYS]):
             size += batch.nbytes
             if size > MOST_DECOMPRESSED:
                 raise _NoLayout(f"{path}: Parquet of more than {MOST_DECOMPRESSED} bytes, which is where reading stops")

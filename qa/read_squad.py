@@ -1,4 +1,4 @@
-"""Questions in: from the hub or from files in any SQuAD layout, as `datasets.Dataset` of EXAMPLE_FEATURES.
+"""Questions in: from the hub or from files in any SQuAD layout, as `datasets.Dataset` of STORED_FEATURES.
 
 The layouts are those of `qa.layouts`.
 """
@@ -8,21 +8,26 @@ import hashlib
 import logging
 import os
 import uuid
+import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
+from datasets.features import features as registry
+from datasets.table import table_cast
 
 from qa import hub
 from qa.layouts import KEYS, PLACE, Row, shown, squad_rows, table_rows
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 1  # part of every cache file's name: raise it when the same file is read as something else
+READER_VERSION = 2  # part of every cache file's name: raise it when the same file is read as something else
 ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
 
 EXAMPLE_FEATURES = Features(
@@ -36,6 +41,34 @@ EXAMPLE_FEATURES = Features(
 )
 
 
+@dataclass
+class DistinctText:
+    """A column of strings that holds each distinct one once, of any total size: Arrow's dictionary encoding.
+
+    datasets has no feature type for it, and would write out the strings row by row.
+    """
+
+    dtype: ClassVar[str] = "large_string"
+    pa_type: ClassVar[pa.DataType] = pa.dictionary(pa.int32(), pa.large_string())
+    _type: str = field(default="DistinctText", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def cast_storage(self, storage: pa.Array) -> pa.Array:
+        if storage.type == self.pa_type:
+            return storage
+        return storage.cast(self.pa_type.value_type).dictionary_encode()
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # datasets calls all feature types of others experimental
+    registry.register_feature(DistinctText, DistinctText.__name__)
+
+# What EXAMPLE_FEATURES are on disk and in memory: a contract of 40 questions is there once.
+STORED_FEATURES = Features({**EXAMPLE_FEATURES, "context": DistinctText()})
+
+
 def load_examples(
     dataset_name: str | None,
     dataset_config_name: str | None,
@@ -46,7 +79,7 @@ def load_examples(
     """Examples of each split ("train", "validation", "test") from the hub, from files, or from both.
 
     `files` maps a split to a path; a file takes the place of the hub dataset's split of that name. Every split has the
-    columns of `EXAMPLE_FEATURES`, "answers" only where the source has gold answers.
+    columns of `STORED_FEATURES`, "answers" only where the source has gold answers.
 
     Raises ValueError: the dataset is not found or has other columns, a file is not SQuAD, a split holds no question.
     """
@@ -69,10 +102,23 @@ def _load_hub_dataset(name: str, config_name: str | None, cache_dir: str | None,
 
 
 def _conform_hub_split(dataset: Dataset, source: str) -> Dataset:
-    """The columns of EXAMPLE_FEATURES, in their types; "title" may be missing, and "answers" where there are none.
+    """The columns of STORED_FEATURES, in their types; "title" may be missing, and "answers" where there are none.
 
-    A dataset whose columns are another of the layouts is read as a file of them, and kept beside itself.
+    The dataset's columns may be those of any layout. The result is kept beside the dataset's own file.
     """
+    files = [file["filename"] for file in dataset.cache_files]
+    directory = os.path.dirname(files[0]) if files else datasets.config.HF_DATASETS_CACHE
+    # A builder's fingerprint says where its files are, not what is in them.
+    key = repr((dataset._fingerprint, [(file, os.stat(file).st_mtime_ns) for file in files]))
+    name = f"squad-{hashlib.sha256(key.encode()).hexdigest()[:32]}-v{READER_VERSION}.arrow"
+    path = os.path.join(directory, name)
+    if not os.path.exists(path):
+        table = _conform_hub_table(dataset, source)
+        write_arrow(path, _stored_features(table), [table])
+    return _with_ids_noted(Dataset.from_file(path), source)
+
+
+def _conform_hub_table(dataset: Dataset, source: str) -> pa.Table:
     if "paragraphs" in dataset.column_names or "qas" in dataset.column_names:
         return _read_hub_rows(dataset, source)
     for column in ("context", "question"):
@@ -86,35 +132,30 @@ def _conform_hub_split(dataset: Dataset, source: str) -> Dataset:
     if "title" not in dataset.column_names:
         dataset = dataset.add_column("title", pa.array([""] * len(dataset)))
     features = Features({name: kind for name, kind in EXAMPLE_FEATURES.items() if name in dataset.column_names})
-    dataset = dataset.select_columns(list(features))
-    if dataset.features != features:
-        try:
-            dataset = dataset.cast(features)
-        except (pa.ArrowInvalid, TypeError, ValueError):
-            return _read_hub_rows(original, source)
-    if "answers" in features and _starts_of(dataset).null_count:
+    table = dataset.select_columns(list(features)).with_format("arrow")[:]
+    texts = features.copy()
+    texts["context"] = Value("large_string")  # of which a column holds more than 2 GB
+    try:
+        table = table_cast(table, texts.arrow_schema)
+    except (pa.ArrowInvalid, TypeError, ValueError):
         return _read_hub_rows(original, source)
-    _check_hub_rows(dataset.with_format("arrow")[:], source)
-    return dataset
+    if "answers" in features and pc.list_flatten(pc.struct_field(table["answers"], "answer_start")).null_count:
+        return _read_hub_rows(original, source)
+    _check_hub_rows(table, source)
+    place = table.column_names.index("context")
+    return table.set_column(place, "context", table["context"].dictionary_encode())
 
 
-def _starts_of(dataset: Dataset) -> pa.ChunkedArray:
-    return pc.list_flatten(pc.struct_field(dataset.with_format("arrow")[:]["answers"], "answer_start"))
+def _read_hub_rows(dataset: Dataset, source: str) -> pa.Table:
+    """The table of a dataset whose columns are those of another layout."""
+    columns = [name for name in dataset.column_names if name in KEYS]
+    batches = dataset.select_columns(columns).with_format("arrow").iter(ROWS_PER_RECORD_BATCH)
+    what = f"{source}: its columns are not those of SQuAD"
+    return _parse_squad(table_rows(batches, what), what)
 
 
-def _read_hub_rows(dataset: Dataset, source: str) -> Dataset:
-    files = dataset.cache_files
-    directory = os.path.dirname(files[0]["filename"]) if files else datasets.config.HF_DATASETS_CACHE
-    # A builder's fingerprint says where its files are, not what is in them.
-    written = [(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in files]
-    key = hashlib.sha256(repr((dataset._fingerprint, written)).encode()).hexdigest()[:32]
-    cache_path = os.path.join(directory, f"squad-{key}-v{READER_VERSION}.arrow")
-    if not os.path.exists(cache_path):
-        columns = [name for name in dataset.column_names if name in KEYS]
-        batches = dataset.select_columns(columns).with_format("arrow").iter(ROWS_PER_RECORD_BATCH)
-        what = f"{source}: its columns are not those of SQuAD"
-        _write_rows(cache_path, table_rows(batches, what), what)
-    return _with_ids_noted(Dataset.from_file(cache_path), source)
+def _stored_features(table: pa.Table) -> Features:
+    return Features({name: STORED_FEATURES[name] for name in table.column_names})
 
 
 def _check_hub_rows(table: pa.Table, source: str) -> None:
@@ -149,20 +190,14 @@ def read_squad_file(path: str, cache_dir: str | None = None) -> Dataset:
     path = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            name = f"squad-{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}-v{READER_VERSION}.arrow"
+            cache_path = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files", name)
+            table = None if os.path.exists(cache_path) else _parse_squad(squad_rows(file, path), path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    name = f"squad-{hashlib.sha256(content).hexdigest()[:32]}-v{READER_VERSION}.arrow"
-    cache_path = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files", name)
-    if not os.path.exists(cache_path):
-        _write_rows(cache_path, squad_rows(content, path), path)
+    if table is not None:
+        write_arrow(cache_path, _stored_features(table), [table])
     return _with_ids_noted(Dataset.from_file(cache_path), path)
-
-
-def _write_rows(cache_path: str, rows: Iterable[tuple[Row, str]], path: str) -> None:
-    table = _parse_squad(rows, path)
-    features = Features({name: EXAMPLE_FEATURES[name] for name in table.column_names})
-    write_arrow(cache_path, features, [table])
 
 
 def _with_ids_noted(examples: Dataset, source: str) -> Dataset:
@@ -188,17 +223,22 @@ def made_ids(examples: Dataset) -> list[str]:
 def _parse_squad(squad: Iterable[tuple[Row, str]], path: str) -> pa.Table:
     rows: dict[str, list] = {name: [] for name in ("id", "title", "context", "question", "answers")}
     places: dict[str, str] = {}
-    for row, place in squad:
-        id_ = row[0]
+    contexts: dict[str, int] = {}  # each distinct one, and its number
+    for (id_, title, context, question, answers), place in squad:
         if id_ in places:
             raise ValueError(f"{path}: {place}: id {shown(id_)} is already the id of {places[id_]}")
         places[id_] = place
+        row = id_, title, contexts.setdefault(context, len(contexts)), question, answers
         for column, value in zip(rows.values(), row, strict=True):
             column.append(value)
     if not places:
         raise ValueError(f"{path}: holds no question")
     answers = rows.pop("answers")
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()})
+    columns = {name: pa.array(rows[name], pa.string()) for name in ("id", "title", "question")}
+    columns["context"] = pa.DictionaryArray.from_arrays(
+        pa.array(rows["context"], pa.int32()), pa.array(contexts, pa.large_string())
+    )
+    table = pa.table({name: columns[name] for name in rows})
     if all(answer is None for answer in answers):
         return table
     if any(answer is None for answer in answers):
@@ -216,11 +256,15 @@ def _parse_squad(squad: Iterable[tuple[Row, str]], path: str) -> pa.Table:
     return table.append_column("answers", struct)
 
 
-def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
-    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it."""
+def write_arrow(path: str, features: Features, tables: Iterable[pa.Table], notes: dict[str, str] | None = None) -> None:
+    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it.
+
+    `notes` stand in the metadata of its schema, where `arrow_notes` finds them.
+    """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     beside = f"{path}.{uuid.uuid4().hex[:8]}.writing"
     schema = features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, **(notes or {})})
     try:
         with pa.OSFile(beside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for table in tables:
@@ -230,3 +274,9 @@ def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> No
         with contextlib.suppress(FileNotFoundError):
             os.remove(beside)
         raise
+
+
+def arrow_notes(path: str) -> dict[str, str]:
+    """The notes of a file that `write_arrow` has written."""
+    with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
+        return {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}

@@ -46,7 +46,7 @@ def run_settings(model_args, data_args, training_args, position_embedding_type: 
         "training data": _hash_of(features["train"]) if "train" in features else None,
         "number of processes": training_args.world_size,
     }
-    settings |= {name: getattr(data_args, name) for name in (*WINDOW_SETTINGS, "pad_to_max_length")}
+    settings |= {name: getattr(data_args, name) for name in (*WINDOW_SETTINGS, "pad_to_max_length", "negative_windows")}
     settings |= {name: getattr(training_args, name) for name in TRAINING_SETTINGS}
     if training_args.metric_for_best_model is not None and "validation" in features:  # the score decides on the model
         settings["validation data"] = _hash_of(features["validation"])

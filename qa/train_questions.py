@@ -5,7 +5,7 @@ import itertools
 import logging
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from qa.read_squad import EXAMPLE_FEATURES
+from utils_qa import distinct_texts
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ def hold_out(splits: dict[str, Dataset], percentage: int, seed: int, source: str
     where "train" holds but one context.
     """
     train = splits["train"]
-    contexts = pc.dictionary_encode(train.with_format("arrow")[:]["context"]).combine_chunks()
-    row, number = contexts.indices.to_numpy(), len(contexts.dictionary)
+    contexts = distinct_texts(train, "context")
+    row, number = contexts.row, len(contexts.distinct)
     if number < 2:
         raise ValueError(
             f"--validation_split_percentage: {source} holds one context only, so that none can be held out"
@@ -64,7 +65,7 @@ def hold_out(splits: dict[str, Dataset], percentage: int, seed: int, source: str
 
 def without_answer(examples: Dataset) -> int:
     """How many questions have no gold answer."""
-    texts = pc.struct_field(examples.with_format("arrow")[:]["answers"], "text")
+    texts = pc.struct_field(examples.with_format("arrow", columns=["answers"])[:]["answers"], "text")
     return pc.sum(pc.equal(pc.list_value_length(texts), 0)).as_py() or 0
 
 
@@ -126,39 +127,46 @@ def place_answers(examples: Dataset, source: str, misplaced: str = "repair") -> 
 
 def misplaced_answers(examples: Dataset, repair: bool) -> dict[int, dict]:
     """The changes of `place_answers`, by row. Without `repair` all are left out."""
-    changes = {}
-    for row, (id_, context, answers) in enumerate(_answer_rows(examples)):
-        if not answers["text"]:
-            continue
-        text, start = answers["text"][0], answers["answer_start"][0]
+    contexts = distinct_texts(examples, "context")
+    table = examples.select_columns(["id", "answers"]).with_format("arrow")[:]
+    answers = table["answers"].combine_chunks()
+    texts, starts = answers.field("text"), answers.field("answer_start")
+    answered = np.flatnonzero(pc.list_value_length(texts).to_numpy() > 0)
+    first_texts = texts.values.take(pa.array(texts.offsets.to_numpy()[answered])).to_pylist()
+    first_starts = starts.values.to_numpy()[starts.offsets.to_numpy()[answered]].tolist()
+    changes, number, context = {}, -1, ""
+    for i in np.argsort(contexts.row[answered], kind="stable").tolist():  # each context is made a string once
+        row, text, start = int(answered[i]), first_texts[i], first_starts[i]
+        if number != contexts.row[row]:
+            number = int(contexts.row[row])
+            context = contexts.distinct[number].as_py()
         if text and start >= 0 and context.startswith(text, start):
             continue
         begin, end = (locate(context, text, start) if repair else None) or (None, None)
         changes[row] = {
-            "id": id_,
+            "id": table["id"][row].as_py(),
             "text": text,
             "answer_start": start,
             "repaired_start": begin,
             "repaired_end": end,
         }
-    return changes
+    return dict(sorted(changes.items()))
 
 
 def _with_repaired_answers(examples: Dataset, changes: dict[int, dict]) -> Dataset:
-    column = []
-    for row, (_, context, answers) in enumerate(_answer_rows(examples)):
-        change = changes.get(row)
-        if change is not None and change["repaired_start"] is not None:
-            answers["text"][0] = context[change["repaired_start"] : change["repaired_end"]]
-            answers["answer_start"][0] = change["repaired_start"]
-        column.append(answers)
-    column = pa.array(column, EXAMPLE_FEATURES.arrow_schema.field("answers").type)
+    """With the context's own characters as the first answers of the rows that are repaired."""
+    answers = examples.with_format("arrow", columns=["answers"])[:]["answers"].to_pylist()
+    contexts = distinct_texts(examples, "context")
+    number, context = -1, ""
+    for row in sorted(changes, key=lambda row: contexts.row[row]):  # each context is made a string once
+        begin, end = changes[row]["repaired_start"], changes[row]["repaired_end"]
+        if begin is not None:
+            if number != contexts.row[row]:
+                number = int(contexts.row[row])
+                context = contexts.distinct[number].as_py()
+            answers[row]["text"][0], answers[row]["answer_start"][0] = context[begin:end], begin
+    column = pa.array(answers, EXAMPLE_FEATURES.arrow_schema.field("answers").type)
     return examples.remove_columns("answers").add_column("answers", column)
-
-
-def _answer_rows(examples: Dataset) -> Iterator[tuple[str, str, dict]]:
-    for batch in examples.select_columns(["id", "context", "answers"]).with_format("arrow").iter(4096):
-        yield from zip(*(batch[name].to_pylist() for name in ("id", "context", "answers")), strict=True)
 
 
 def _report_changes(changes: Iterable[dict], total: int, source: str, misplaced: str) -> None:

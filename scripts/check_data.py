@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,7 +28,15 @@ from qa.load_model import load_tokenizer  # noqa: E402
 from qa.processes import set_up_logging  # noqa: E402
 from qa.read_squad import made_ids, read_squad_file  # noqa: E402
 from qa.train_questions import misplaced_answers, place_answers, warn_of_flags, without_answer  # noqa: E402
-from qa.windows import WindowSettings, check_tokenizer, make_features, make_train_features  # noqa: E402
+from qa.windows import (  # noqa: E402
+    WindowSettings,
+    check_tokenizer,
+    count_limits,
+    data_limits,
+    make_features,
+    make_train_features,
+)
+from utils_qa import distinct_texts  # noqa: E402
 
 IDS_SHOWN = 5
 BAR = 40  # characters of the longest one
@@ -38,9 +45,9 @@ TEXTS_PER_BATCH = 1000
 EPILOG = """
 With --json each file gives one line, an object: file, layout, questions, contexts, without_id, without_answer,
 flag_warning, answers {repaired, left_out}, context_tokens and question_tokens {mean, max, histogram: [[from, to, n]]},
-windows {count, per_question, most_per_question}, limits {too_long, in_no_window, questions_cut} and, with
---validation_file, doubled {questions, contexts, ids}. Where questions are named it is {count, first_ids}. Without gold
-answers, or where none is left, answers or limits are null.
+windows {count, per_question, most_per_question}, limits {lines, too_long, not_held, long_contexts, cut_questions} and,
+with --validation_file, doubled {questions, contexts, ids}. Where questions are named it is {count, first_ids}. Without
+gold answers, or where none is left, answers or limits are null.
 """
 
 
@@ -106,7 +113,7 @@ def facts_of(file: str, examples, validation, tokenizer, windows: WindowSettings
     has_gold = "answers" in examples.column_names
     facts = {
         "file": file,
-        "layout": layout(Path(file).read_bytes(), file),
+        "layout": layout_of(file),
         "questions": len(examples),
         "contexts": len(contexts),
         "without_id": named(made_ids(examples)),
@@ -135,14 +142,22 @@ def facts_of(file: str, examples, validation, tokenizer, windows: WindowSettings
             "most_per_question": int(per_question.max()),
         }
         if has_gold:
-            facts["limits"] = limits(trained_on, features, tokenizer, args)
+            facts["limits"] = {
+                "lines": data_limits(features, args.max_answer_length, args.max_query_length),
+                **{name: count for name, (count, _) in count_limits(features, args.max_answer_length).items()},
+            }
     if validation is not None:
         facts["doubled"] = doubled(examples, validation)
     return facts
 
 
+def layout_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return layout(file, path)
+
+
 def distinct(examples, column: str) -> list[str]:
-    return examples.with_format("arrow", columns=[column])[:][column].unique().to_pylist()
+    return distinct_texts(examples, column).distinct.to_pylist()
 
 
 def named(ids: list[str]) -> dict:
@@ -168,36 +183,19 @@ def lengths(texts: list[str], tokenizer) -> dict:
     return {"mean": round(float(counts.mean()), 1), "max": int(counts.max()), "histogram": histogram}
 
 
-def limits(examples, features, tokenizer, args: argparse.Namespace) -> dict:
-    """The questions whose answer no model could give at these flags, and those that are cut."""
-    table = features.with_format("arrow", columns=["example_index", "start_positions", "end_positions"])[:]
-    example, start, end = (table[name].to_numpy() for name in table.column_names)
-    length = np.zeros(len(examples), np.int64)  # tokens of the answer; 0 where no window holds it
-    length[example[start > 0]] = (end - start + 1)[start > 0]
-    texts = pc.struct_field(examples.with_format("arrow", columns=["answers"])[:]["answers"], "text")
-    answered = pc.list_value_length(texts).to_numpy() > 0
-    ids, questions = (np.array(examples[name][:], object) for name in ("id", "question"))
-    cut = token_counts([question.lstrip() for question in questions], tokenizer) > args.max_query_length
-    return {
-        "too_long": named(ids[length > args.max_answer_length].tolist()),
-        "in_no_window": named(ids[answered & (length == 0)].tolist()),
-        "questions_cut": named(ids[cut].tolist()),
-    }
-
-
 def doubled(train, validation) -> dict:
     """What stands on both sides: questions asked of the same context, contexts, and ids."""
 
-    def rows(examples):
-        columns = [examples[name][:] for name in ("id", "context", "question")]
-        return list(zip(*columns, strict=True))
+    def asked_of(examples) -> list[tuple[str, str]]:
+        contexts = distinct(examples, "context")
+        rows = distinct_texts(examples, "context").row.tolist()
+        questions = [" ".join(question.split()) for question in examples["question"]]
+        return [(contexts[row], question) for row, question in zip(rows, questions, strict=True)]
 
-    asked = {(context, " ".join(question.split())) for _, context, question in rows(validation)}
+    asked = set(asked_of(validation))
     contexts, ids = set(distinct(validation, "context")), set(validation["id"])
     return {
-        "questions": named(
-            [id_ for id_, context, question in rows(train) if (context, " ".join(question.split())) in asked]
-        ),
+        "questions": named([id_ for id_, pair in zip(train["id"], asked_of(train), strict=True) if pair in asked]),
         "contexts": sum(context in contexts for context in distinct(train, "context")),
         "ids": named([id_ for id_ in train["id"] if id_ in ids]),
     }
@@ -229,9 +227,7 @@ def show(facts: dict, args: argparse.Namespace) -> str:
         f"{windows['per_question']} a question, {windows['most_per_question']} at most",
     ]
     if limits is not None:
-        lines += with_ids(f"answers are longer than --max_answer_length {args.max_answer_length}", limits["too_long"])
-        lines += with_ids("answers are in no window as a whole", limits["in_no_window"])
-        lines += with_ids(f"questions are cut at --max_query_length {args.max_query_length}", limits["questions_cut"])
+        lines += [f"  ! {line}" for line in limits["lines"]]
     if "doubled" in facts:
         name = printable(args.validation_file)
         lines += with_ids(f"questions are asked of the same context in {name}", facts["doubled"]["questions"])

@@ -66,11 +66,13 @@ def test_a_file_with_every_fault(inputs, capsys):
     }
     assert found["context_tokens"]["max"] == 660 and found["question_tokens"]["max"] == 70
     assert [row[2] for row in found["context_tokens"]["histogram"]] == [8, 0, 0, 0, 0, 1]
-    assert found["limits"] == {
-        "too_long": {"count": 1, "first_ids": ["longish"]},
-        "in_no_window": {"count": 1, "first_ids": ["long"]},
-        "questions_cut": {"count": 1, "first_ids": ["train-4-1"]},
-    }
+    lines = [
+        "2 of 16 (12.5%) answers are longer than --max_answer_length 30 and can never be given",
+        "1 of 16 (6.2%) answers lie in no window as a whole and can never be given",
+        "1 of 9 (11.1%) contexts are longer than one window",
+        "1 of 17 (5.9%) questions are cut at --max_query_length 64",
+    ]
+    assert found["limits"] == {"lines": lines, "too_long": 2, "not_held": 1, "long_contexts": 1, "cut_questions": 1}
     assert found["doubled"] == {
         "questions": {"count": 6, "first_ids": [f"train-{p}-{q}" for p in range(3) for q in range(2)][:5]},
         "contexts": 3,
@@ -82,9 +84,7 @@ def test_a_file_with_every_fault(inputs, capsys):
         "19 questions on 9 contexts",
         "! 2 answers were not at their answer_start and are repaired: train-0-0, train-1-0",
         "! 2 answers are nowhere, or cannot be told apart: left out: train-1-1, train-2-0",
-        "! 1 answers are longer than --max_answer_length 30: longish",
-        "! 1 answers are in no window as a whole: long",
-        "! 1 questions are cut at --max_query_length 64: train-4-1",
+        *(f"  ! {line}\n" for line in lines),
         "! 3 contexts stand in",
     ):
         assert line in screen

@@ -1,6 +1,7 @@
 """What people really have: exports of annotation tools, files of simpletransformers and pandas, gzip, and bombs."""
 
 import gzip
+import io
 import json
 import logging
 
@@ -13,7 +14,7 @@ from hub_cache import cache_dataset
 
 from qa import layouts
 from qa.layouts import NO_START, layout
-from qa.read_squad import EXAMPLE_FEATURES, load_examples, read_squad_file
+from qa.read_squad import STORED_FEATURES, load_examples, read_squad_file
 
 CONTEXT = "The bridge of 1890 is made of steel. Steel rusts."
 QUESTION = {"id": "q1", "question": "Of what?", "answers": [{"text": "steel", "answer_start": 30}]}
@@ -39,7 +40,7 @@ def read(tmp_path):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
         examples = read_squad_file(path, tmp_path / "cache")
-        assert examples.features == EXAMPLE_FEATURES
+        assert examples.features == STORED_FEATURES
         return examples
 
     return read
@@ -94,7 +95,7 @@ def test_each_layout_in_each_format(name, compress, read):
     for form, data in forms.items():
         data = compress(data)
         assert read(data, "data.json").to_list() == expected(title)
-        assert layout(data, "file") == f"{zipped}{what.replace('JSON', form)}"
+        assert layout(io.BytesIO(data), "file") == f"{zipped}{what.replace('JSON', form)}"
 
 
 def test_the_bytes_say_what_a_file_is_and_not_its_name(read):
@@ -269,7 +270,7 @@ def test_hub_dataset_in_other_layouts(change, hub):
     row = {"id": "q1", "context": CONTEXT, "question": "Of what?", "answers": ["steel"]}
     train = hub([change(row)])
     answers = {"text": ["steel"], "answer_start": [30]}
-    assert train.features == EXAMPLE_FEATURES
+    assert train.features == STORED_FEATURES
     assert train.to_list() == [{**row, "title": "", "answers": answers}]
     assert "datasets" in train.cache_files[0]["filename"]  # whose folder the features go to
 

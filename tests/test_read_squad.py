@@ -14,6 +14,7 @@ from tiny import NO_ANSWER
 from qa import read_squad
 from qa.read_squad import (
     EXAMPLE_FEATURES,
+    STORED_FEATURES,
     load_examples,
     read_squad_file,
 )
@@ -96,7 +97,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, tmp_path):
     examples = read_squad_file(write(tmp_path / "file", LAYOUTS[layout]), tmp_path / "cache")
-    assert examples.features == EXAMPLE_FEATURES
+    assert examples.features == STORED_FEATURES
     assert examples.to_list() == ROWS
 
 
