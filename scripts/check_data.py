@@ -56,18 +56,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     set_up_logging(logging.ERROR)  # what the reader would say is on the screen
     datasets.disable_progress_bars()
-    kept = datasets.config.HF_DATASETS_CACHE
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            datasets.config.HF_DATASETS_CACHE = folder
+        with tempfile.TemporaryDirectory() as folder:  # the examples are kept here, and their features beside them
             check(args, folder)
     except ValueError as error:
         parser.refuse(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    finally:
-        datasets.config.HF_DATASETS_CACHE = kept
 
 
 def make_parser() -> OneLineParser:
