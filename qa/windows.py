@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -32,6 +34,7 @@ FEATURES_VERSION = 3  # part of every cache file's name: raise it when other fea
 
 TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer,
 BYTES_PER_BATCH = 2**19  # and of how many bytes together, unless it is one text: bounds the memory of what it returns
+BATCHES_AT_ONCE = 32  # of them, one of which is encoded while another is converted
 CHARACTERS_PER_PIECE = 2**18  # of a text that is longer, the tokenizer sees pieces
 PIECE_OVERLAP = 2**13  # characters before and after a piece that its tokens may depend on
 LIMITS = "limits"  # the note in a file of features that `data_limits` reads
@@ -299,7 +302,7 @@ def _map_texts(function, texts: pa.Array, backend, num_proc: int | None, desc: s
     tokenized = Dataset(pa.table({"texts": batches})).map(
         functools.partial(function, backend=backend),
         batched=True,
-        batch_size=1,
+        batch_size=BATCHES_AT_ONCE,
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         remove_columns=["texts"],
         new_fingerprint="tokens",  # kept in memory only, so nobody looks for it; saves hashing texts and tokenizer
@@ -322,21 +325,35 @@ def _batch_offsets(lengths: np.ndarray) -> np.ndarray:
 # The backend itself tokenizes, because the tokenizer's own call builds Python lists of everything before it returns.
 
 
-def _context_tokens(batch: dict[str, list[list[str]]], backend: tokenizers.Tokenizer) -> pa.Table:
-    encodings = backend.encode_batch(batch["texts"][0], add_special_tokens=False)
-    offsets = _offsets([len(encoding) for encoding in encodings])
-    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
-    pairs = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
-    spans = np.fromiter(pairs, np.int32, 2 * offsets[-1]).reshape(-1, 2).T.copy()
-    columns = {"input_ids": ids, "char_starts": spans[0], "char_ends": spans[1]}
-    return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+def _context_tokens(rows: dict[str, list[list[str]]], backend: tokenizers.Tokenizer) -> pa.Table:
+    tables = []
+    for encodings in _encode(backend.encode_batch, rows["texts"]):
+        offsets = _offsets([len(encoding) for encoding in encodings])
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
+        pairs = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
+        spans = np.fromiter(pairs, np.int32, 2 * offsets[-1]).reshape(-1, 2).T.copy()
+        columns = {"input_ids": ids, "char_starts": spans[0], "char_ends": spans[1]}
+        tables.append(pa.table({name: pa.ListArray.from_arrays(offsets, column) for name, column in columns.items()}))
+    return pa.concat_tables(tables)
 
 
-def _question_tokens(batch: dict[str, list[list[str]]], backend: tokenizers.Tokenizer) -> pa.Table:
-    encodings = backend.encode_batch_fast(batch["texts"][0], add_special_tokens=False)  # without character offsets
-    offsets = _offsets([len(encoding) for encoding in encodings])
-    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
-    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, ids)})
+def _question_tokens(rows: dict[str, list[list[str]]], backend: tokenizers.Tokenizer) -> pa.Table:
+    tables = []
+    for encodings in _encode(backend.encode_batch_fast, rows["texts"]):  # without character offsets
+        offsets = _offsets([len(encoding) for encoding in encodings])
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
+        tables.append(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, ids)}))
+    return pa.concat_tables(tables)
+
+
+def _encode(encode, batches: list[list[str]]) -> Iterator[list[tokenizers.Encoding]]:
+    """The encodings of each batch. The next batch is being encoded, without Python's lock, while one is worked on."""
+    with ThreadPoolExecutor(1) as executor:
+        following = executor.submit(encode, batches[0], add_special_tokens=False)
+        for batch in batches[1:]:
+            encodings, following = following.result(), executor.submit(encode, batch, add_special_tokens=False)
+            yield encodings
+        yield following.result()
 
 
 def _offsets(lengths) -> np.ndarray:

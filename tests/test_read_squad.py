@@ -1,7 +1,9 @@
-"""Reading SQuAD: files in every layout, misplaced answers, the hub from its cache on disk."""
+"""Reading SQuAD: files in every layout, the hub from its cache on disk."""
 
 import json
 import multiprocessing
+import random
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -18,10 +20,12 @@ from qa.read_squad import (
     load_examples,
     read_squad_file,
 )
+from qa.train_questions import place_answers
 from qa.windows import (
     WindowSettings,
     make_train_features,
 )
+from utils_qa import distinct_texts
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +230,90 @@ def read_and_make(source, cache_dir):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A context is there once
+
+
+def contracts(questions: int, length: int = 60_000) -> list[dict]:
+    texts = ["the king " * (length // 9), "was born " * (length // 9)]
+    return [
+        {"id": str(i), "title": "", "context": texts[i % 2], "question": f"who {i}", "answers": NO_ANSWER}
+        for i in range(questions)
+    ]
+
+
+CONTRACTS = {
+    "nested": lambda rows: json.dumps(
+        {
+            "data": [
+                {"paragraphs": [{"context": text, "qas": [without(row, "context", "title") for row in rows[i::2]]}]}
+                for i, text in enumerate(dict.fromkeys(row["context"] for row in rows))
+            ]
+        }
+    ),
+    "flat": lambda rows: json.dumps(rows, indent=1),
+    "json lines": lambda rows: "\n".join(json.dumps(row) for row in rows),
+}
+
+
+@pytest.mark.parametrize("layout", CONTRACTS)
+def test_a_context_is_stored_once(layout, tmp_path):
+    rows = contracts(200)
+    examples = read_squad_file(write(tmp_path / "file", CONTRACTS[layout](rows)), tmp_path / "cache")
+    assert sorted(examples.to_list(), key=lambda row: int(row["id"])) == rows
+    assert Path(examples.cache_files[0]["filename"]).stat().st_size < 3 * 60_000
+    some = examples.select([150, 3, 151])
+    assert [row["context"] for row in some] == some["context"][:] == [examples[i]["context"] for i in (150, 3, 151)]
+
+
+@pytest.mark.parametrize("layout", CONTRACTS)
+def test_memory_does_not_grow_with_the_questions_on_a_context(layout, tmp_path):
+    """Beyond the file itself, of which a layout in one JSON value is held as bytes and as text."""
+    path = write(tmp_path / "file", CONTRACTS[layout](contracts(400, 100_000)))
+    tracemalloc.start()
+    read_squad_file(path, tmp_path / "cache")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = path.stat().st_size
+    assert size > 20e6 or layout == "nested"
+    assert peak < {"nested": 3e6, "json lines": 3e6, "flat": 2 * size + 3e6}[layout]
+
+
+def test_distinct_texts():
+    """Of rows selected, shuffled, joined, and of columns that hold each text once or once a row."""
+    rng, rows = random.Random(0), [{"context": f"text {i % 7}", "n": i} for i in range(50)]
+    plain = Dataset.from_list(rows)
+    stored = plain.cast(Features({"context": STORED_FEATURES["context"], "n": Value("int64")}))
+    chosen = [rng.randrange(50) for _ in range(20)]
+    for change in (
+        lambda dataset: dataset,
+        lambda dataset: dataset.select(range(5, 9)),
+        lambda dataset: dataset.select(chosen),
+        lambda dataset: datasets.concatenate_datasets([dataset.select([4, 2]), dataset.select([3, 2, 40])]),
+        lambda dataset: dataset.select([]),
+    ):
+        expected = [row["context"] for row in change(plain)]
+        for dataset in (plain, stored):
+            for part in (slice(None), slice(1, 3)):
+                texts = distinct_texts(change(dataset), "context", part)
+                assert [texts.distinct[i].as_py() for i in texts.row.tolist()] == expected[part]
+                assert texts.distinct.to_pylist() == list(dict.fromkeys(expected[part]))
+
+
+@pytest.mark.slow
+def test_more_than_2_gb_of_texts(tmp_path):
+    """What the 32-bit offsets of Arrow's strings cannot hold."""
+    with open(tmp_path / "file", "w") as file:
+        for i in range(22):
+            row = {"id": str(i), "context": f"text {i} " + "a" * 100_000_000 + " king", "question": "who"}
+            row["answers"] = [{"text": "king", "answer_start": len(row["context"]) - 4}]
+            file.write(json.dumps(row) + "\n")
+    examples = read_squad_file(tmp_path / "file", tmp_path / "cache")
+    assert examples[21]["context"].startswith("text 21 ") and examples.select([20])["context"][0][:7] == "text 20"
+    assert place_answers(examples, "file", "refuse")[1] == []
+    assert len(distinct_texts(examples, "context").distinct) == 22
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The hub, from its cache on disk
 
 
@@ -237,12 +325,17 @@ def hub(tmp_path):
     return load
 
 
-def test_hub_dataset(hub, tmp_path):
+def test_hub_dataset(hub, tmp_path, monkeypatch):
     train = Dataset.from_list(ROWS, features=EXAMPLE_FEATURES)
     cache_dataset(tmp_path, "squad", "plain_text", {"train": train, "validation": train.select([1])})
     splits = hub()
     assert {name: split["id"][:] for name, split in splits.items()} == {"train": ["a", "b", "c"], "validation": ["b"]}
     assert splits["train"].to_list() == ROWS
+    assert splits["train"].features == STORED_FEATURES
+    assert [len(chunk.dictionary) for chunk in splits["train"].data.column("context").chunks] == [2]
+    with monkeypatch.context() as patch:  # and is there for the next process
+        patch.setattr(read_squad, "_conform_hub_table", None)
+        assert hub()["train"].to_list() == ROWS
     assert hub(config_name="plain_text").keys() == splits.keys()
     own = write(tmp_path / "own.json", json.dumps(ROWS[2:]))
     splits = hub(files={"train": None, "validation": own, "test": own})
