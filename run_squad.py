@@ -41,7 +41,8 @@ from qa.processes import (
     set_up_logging,
     was_restarted,
 )
-from qa.read_squad import drop_misplaced_answers, load_examples
+from qa.read_squad import load_examples
+from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags
 from qa.windows import (
     QADataCollator,
     WindowSettings,
@@ -119,10 +120,27 @@ class DataTrainingArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the hub, such as squad."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON file to train on, in a SQuAD layout."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSON file to evaluate on."})
-    test_file: str | None = field(
-        default=None, metadata={"help": "JSON file to predict on; its questions need no answers."}
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "File to train on: JSON, JSON lines or Parquet in a SQuAD layout, also gzipped."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
+    test_file: str | None = field(default=None, metadata={"help": "File to predict on; its questions need no answers."})
+    validation_split_percentage: int | None = field(
+        default=None,
+        metadata={
+            "help": "Where there are no validation questions: evaluate on N%% of the training contexts, chosen "
+            "by --seed, with all their questions, and train on the others."
+        },
+    )
+    misplaced_answers: str = field(
+        default="repair",
+        metadata={
+            "help": "What to do with a training answer that does not stand at its answer_start: repair (look "
+            "for it in its context; leave the question out where it is not there), drop (leave the question out) or "
+            "refuse.",
+            "choices": list(MISPLACED_ANSWERS),
+        },
     )
     max_seq_length: int = field(
         default=384, metadata={"help": "Most tokens of a window: question, a part of the context, special tokens."}
@@ -163,6 +181,9 @@ class DataTrainingArguments:
     def __post_init__(self):
         names = "n_best_size max_answer_length max_train_samples max_eval_samples max_predict_samples"
         check_at_least_1(self, *names.split(), "preprocessing_num_workers")
+        percentage = self.validation_split_percentage
+        if percentage is not None and not 1 <= percentage <= 99:
+            raise ValueError(f"--validation_split_percentage is {percentage}, must be from 1 to 99")
         if not 0 <= self.negative_windows <= 1:
             raise ValueError(f"--negative_windows is {self.negative_windows}, must be a share from 0 to 1")
 
@@ -276,7 +297,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     position_type = model_args.position_embedding_type
     config = load_config(name, position_type, config_name=model_args.config_name, **source)
     tokenizer = load_tokenizer(model_args.tokenizer_name or name, **source)
-    examples = read_examples(model_args, data_args, training_args)
+    examples, answer_changes = read_examples(model_args, data_args, training_args)
     features = make_windows(examples, tokenizer, data_args, training_args)
 
     settings = run_folder.run_settings(model_args, data_args, training_args, position_type_of(config), features)
@@ -292,14 +313,14 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
     log_summary(model, examples, features, data_args, training_args)
     if trainer.is_world_process_zero() and (training_args.do_train or training_args.do_eval):
-        run_folder.write_qa_settings(training_args.output_dir, model_args, data_args)
+        run_folder.write_qa_settings(training_args, model_args, data_args)
 
     if status == "trained":
         logger.info("Training was finished before; going on with the model in %s.", training_args.output_dir)
         trainer.state = TrainerState.load_from_json(os.path.join(training_args.output_dir, "trainer_state.json"))
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
     elif training_args.do_train:
-        train(trainer, settings, checkpoint)
+        train(trainer, settings, checkpoint, answer_changes)
     scores = evaluate(trainer) if training_args.do_eval else {}
     if training_args.do_predict:
         predict(trainer, examples["test"], features["test"])
@@ -349,9 +370,14 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
     """Raises ValueError where what is to be done lacks its data, or a tracker that is asked for is missing."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict")
+    held_out = data_args.train_file if data_args.validation_split_percentage else None
     needs = {
         "--do_train": (training_args.do_train, "--train_file", data_args.train_file),
-        "--do_eval": (training_args.do_eval, "--validation_file", data_args.validation_file),
+        "--do_eval": (
+            training_args.do_eval,
+            "--validation_file, --train_file with --validation_split_percentage",
+            data_args.validation_file or held_out,
+        ),
         "--do_predict": (training_args.do_predict, "--test_file", data_args.test_file),
     }
     for task, (asked, flag, file) in needs.items():
@@ -432,32 +458,47 @@ def hub_source(model_args: ModelArguments) -> dict:
 # ---- Questions and windows ----
 
 
-def read_examples(model_args, data_args, training_args) -> dict:
-    """The questions of each split that is needed: "train", "validation", "test" -> `datasets.Dataset`."""
+def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict]]:
+    """The questions of each split that is needed: "train", "validation", "test" -> `datasets.Dataset`.
+
+    And what `place_answers` changed in those of "train".
+    """
     needed = {
         "train": (training_args.do_train, data_args.train_file, data_args.max_train_samples),
         "validation": (training_args.do_eval, data_args.validation_file, data_args.max_eval_samples),
         "test": (training_args.do_predict, data_args.test_file, data_args.max_predict_samples),
     }
     files = {split: file for split, (asked, file, _) in needed.items() if asked and file is not None}
+    percentage = data_args.validation_split_percentage
+    if percentage and training_args.do_eval and data_args.validation_file is None and data_args.train_file is not None:
+        files["train"] = data_args.train_file
     with training_args.main_process_first(desc="reading the questions"):
         splits = load_examples(
             data_args.dataset_name, data_args.dataset_config_name, files, model_args.cache_dir, model_args.token
         )
-    examples = {}
+    if percentage and (data_args.validation_file is not None or "validation" in splits):
+        logger.info("--validation_split_percentage %d has no effect: there are validation questions.", percentage)
+        data_args.validation_split_percentage = percentage = None
+    if percentage and "train" in splits:
+        source = data_args.train_file or data_args.dataset_name
+        splits = hold_out(splits, percentage, training_args.seed, source)
+    examples, answer_changes = {}, []
     for split, (asked, file, most) in needed.items():
         if not asked:
             continue
-        source = file or data_args.dataset_name
+        source = file or data_args.dataset_name or data_args.train_file
         if split not in splits:
-            raise ValueError(f"the dataset {source} has no split {split!r}; it has {', '.join(splits)}")
+            hint = "; --validation_split_percentage makes one of its train split" if split == "validation" else ""
+            raise ValueError(f"the dataset {source} has no split {split!r}; it has {', '.join(splits)}{hint}")
         questions = splits[split]
         if split != "test" and "answers" not in questions.column_names:
             raise ValueError(f"{source}: no question has the key 'answers', which {split} needs")
+        if split != "test":
+            warn_of_flags(split, questions, source, data_args.version_2_with_negative)
         if split == "train":
-            questions = drop_misplaced_answers(questions, source)
+            questions, answer_changes = place_answers(questions, source, data_args.misplaced_answers)
         examples[split] = questions if most is None else questions.select(range(min(most, len(questions))))
-    return examples
+    return examples, answer_changes
 
 
 def make_windows(examples: dict, tokenizer, data_args, training_args) -> dict:
@@ -522,11 +563,11 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
     )
 
 
-def train(trainer: QuestionAnsweringTrainer, settings: dict, checkpoint: str | None) -> None:
+def train(trainer: QuestionAnsweringTrainer, settings: dict, checkpoint: str | None, answer_changes: list) -> None:
     """Trains from `checkpoint` or anew, and saves the model, its tokenizer, the metrics and the state."""
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
-    on_main_process(lambda: run_folder.begin_run(trainer.args, settings, checkpoint))
+    on_main_process(lambda: run_folder.begin_run(trainer.args, settings, checkpoint, answer_changes))
     with trainer.signals_noted():
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}

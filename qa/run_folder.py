@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"  # how far the run has come (training, trained or finished), and its settings
 QA_SETTINGS = "qa_settings.json"  # so that ask.py and report.py need not be told again
+REPAIRED_ANSWERS = "repaired_answers.json"  # the training answers that did not stand at their answer_start
 WHOLE_CHECKPOINT = "checkpoint_complete.json"  # written into a checkpoint when everything else of it stands there
 # The flags of transformers' own that make another run of it, so that a checkpoint of one is no start for the other.
 TRAINING_SETTINGS = """
@@ -58,10 +59,15 @@ def _hash_of(features) -> str:
     return Path(features.cache_files[0]["filename"]).stem
 
 
-def write_qa_settings(folder: str, model_args, data_args) -> None:
+def write_qa_settings(training_args, model_args, data_args) -> None:
     """Writes the flags that answers depend on, and those that the evaluation's questions come from."""
-    names = (*WINDOW_SETTINGS, *ANSWER_SETTINGS, "dataset_name", "dataset_config_name", "validation_file")
-    settings = {name: getattr(data_args, name) for name in names}
+    folder = training_args.output_dir
+    names = [*WINDOW_SETTINGS, *ANSWER_SETTINGS, "dataset_name", "dataset_config_name", "validation_file"]
+    settings = {}
+    if data_args.validation_split_percentage is not None:  # they are a part of the training data, chosen by the seed
+        names += ["train_file", "validation_split_percentage"]
+        settings["seed"] = training_args.seed
+    settings |= {name: getattr(data_args, name) for name in names}
     settings["tokenizer_name"] = model_args.tokenizer_name or model_args.model_name_or_path
     settings["cache_dir"] = model_args.cache_dir
     os.makedirs(folder, exist_ok=True)
@@ -115,7 +121,7 @@ def plan_training(training_args, settings: dict, restarted: bool) -> tuple[str, 
                 )
         return "training", named
     if state is None:
-        held = [name for name in ("config.json", "train_results.json") if (folder / name).exists()]
+        held = [name for name in ("config.json", "train_results.json", REPAIRED_ANSWERS) if (folder / name).exists()]
         held += sorted(path.name for path in folder.glob("checkpoint-*"))
         if held and not (named and _is_checkpoint_in(folder, named)):
             raise ValueError(
@@ -135,12 +141,18 @@ def plan_training(training_args, settings: dict, restarted: bool) -> tuple[str, 
     return "training", named if named and not restarted else newest or named
 
 
-def begin_run(training_args, settings: dict, checkpoint: str | None) -> None:
-    """Takes output_dir for this run, now that nothing can refuse it any more."""
+def begin_run(training_args, settings: dict, checkpoint: str | None, answer_changes: list[dict]) -> None:
+    """Takes output_dir for this run, now that nothing can refuse it any more, and lists its repaired answers there."""
     if checkpoint is None and training_args.overwrite_output_dir:
         for folder in _checkpoints(training_args.output_dir):
             remove_checkpoint(folder)
     write_run_state(training_args.output_dir, "training", settings)
+    file = os.path.join(training_args.output_dir, REPAIRED_ANSWERS)
+    if answer_changes:
+        write_json(file, answer_changes)
+        logger.info("%d answers that were repaired or left out are listed in %s.", len(answer_changes), file)
+    else:  # that of a run which --overwrite_output_dir has given up
+        Path(file).unlink(missing_ok=True)
 
 
 def write_run_state(output_dir: str, status: str, settings: dict) -> None:

@@ -525,22 +525,41 @@ def _limits(windows: Windows, context_row, question_lengths, answers: Spans | No
     return limits
 
 
-def data_limits(features: Dataset, max_answer_length: int, max_query_length: int) -> list[str]:
-    """A line on each thing that a model cannot get from these features, or not give, with count and share.
+def count_limits(features: Dataset, max_answer_length: int) -> dict[str, tuple[int, int]]:
+    """What a model cannot get from these features, or not give, each as (how many, of how many).
 
-    features: of `make_train_features` or `make_features` with this `max_query_length`, or a selection of their windows.
+    too_long: answers of more than `max_answer_length` tokens; not_held: answers that lie in no window as a whole;
+    long_contexts: those of more than one window; cut_questions: those longer than the features' `max_query_length`.
+    features: of `make_train_features` or `make_features`, or a selection of their windows.
     """
     limits = json.loads(arrow_notes(features.cache_files[0]["filename"])[LIMITS])
     lengths = {int(length): count for length, count in limits["answer_lengths"].items()}
     answers = sum(lengths.values())
-    too_long = sum(count for length, count in lengths.items() if length > max_answer_length)
-    lines = [
-        (too_long, answers, f"answers are longer than --max_answer_length {max_answer_length} and can never be given"),
-        (limits["not_held"], answers, "answers lie in no window as a whole and can never be given"),
-        (limits["long_contexts"], limits["contexts"], "contexts are longer than one window"),
-        (limits["cut_questions"], limits["questions"], f"questions are cut at --max_query_length {max_query_length}"),
+    return {
+        "too_long": (sum(count for length, count in lengths.items() if length > max_answer_length), answers),
+        "not_held": (limits["not_held"], answers),
+        "long_contexts": (limits["long_contexts"], limits["contexts"]),
+        "cut_questions": (limits["cut_questions"], limits["questions"]),
+    }
+
+
+def data_limits(features: Dataset, max_answer_length: int, max_query_length: int) -> list[str]:
+    """A line on each thing that `count_limits` has counted, with count and share.
+
+    features: as there, made with this `max_query_length`.
+    """
+    lines = {
+        "too_long": f"answers are longer than --max_answer_length {max_answer_length} and can never be given",
+        "not_held": "answers lie in no window as a whole and can never be given",
+        "long_contexts": "contexts are longer than one window",
+        "cut_questions": f"questions are cut at --max_query_length {max_query_length}",
+    }
+    counts = count_limits(features, max_answer_length)
+    return [
+        f"{counts[name][0]} of {counts[name][1]} ({counts[name][0] / counts[name][1]:.1%}) {line}"
+        for name, line in lines.items()
+        if counts[name][0]
     ]
-    return [f"{count} of {total} ({count / total:.1%}) {what}" for count, total, what in lines if count]
 
 
 def keep_negative_windows(features: Dataset, share: float, seed: int) -> Dataset:

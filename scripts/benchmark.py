@@ -290,12 +290,12 @@ def run_data_path(folder: str) -> int:
 
     import datasets
 
-    from qa.read_squad import drop_misplaced_answers
+    from qa.train_questions import place_answers
     from qa.windows import WindowSettings, make_features, make_train_features
 
     datasets.disable_progress_bars()
     tokenizer, examples = open_squad_shaped(folder)
-    make_train_features(drop_misplaced_answers(examples["train"], "train"), tokenizer, WindowSettings())
+    make_train_features(place_answers(examples["train"], "train")[0], tokenizer, WindowSettings())
     features = make_features(examples["validation"], tokenizer, WindowSettings())
     our_scores(examples["validation"], our_answers(examples["validation"], features, make_logits(features), folder))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,7 +1,6 @@
-"""Reading SQuAD: files in every layout, misplaced answers, the hub from its cache on disk."""
+"""Reading SQuAD: files in every layout, the hub from its cache on disk."""
 
 import json
-import logging
 import multiprocessing
 import random
 import tracemalloc
@@ -12,16 +11,16 @@ import pytest
 from datasets import Dataset, Features, Value
 from hub_cache import cache_dataset
 from test_windows import golden_tokenizer
-from tiny import NO_ANSWER, make_examples
+from tiny import NO_ANSWER
 
 from qa import read_squad
 from qa.read_squad import (
     EXAMPLE_FEATURES,
     STORED_FEATURES,
-    drop_misplaced_answers,
     load_examples,
     read_squad_file,
 )
+from qa.train_questions import place_answers
 from qa.windows import (
     WindowSettings,
     make_train_features,
@@ -133,7 +132,7 @@ def test_files_are_cached_by_content(tmp_path, monkeypatch):
     path, copy = write(tmp_path / "file", LAYOUTS["nested"]), write(tmp_path / "copy", LAYOUTS["nested"])
     read_squad_file(path, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(read_squad, "_parse_json", None)
+        patch.setattr(read_squad, "squad_rows", None)
         assert read_squad_file(copy, tmp_path / "cache").to_list() == ROWS
     write(path, LAYOUTS["nested"].replace("Who?", "Why?"))
     assert read_squad_file(path, tmp_path / "cache")["question"][0] == "Why?"
@@ -167,25 +166,19 @@ REFUSED = {
     "paragraph is a list": (b'{"data": [{"paragraphs": [[]]}]}', r"data\[0\]\.paragraphs\[0\]: must be an object"),
     "no context": (b'{"data": [{"paragraphs": [{"qas": []}]}]}', r'paragraphs\[0\]: missing key "context"'),
     "no qas": (b'{"data": [{"paragraphs": [{"context": "c"}]}]}', r'paragraphs\[0\]: missing key "qas"'),
-    "no id": (nested(id=...), rf'{QA}: missing key "id"'),
     "no question key": (nested(question=...), rf'{QA}: missing key "question"'),
     "question is null": (nested(question=None), rf"{QA}\.question: must be a string, is None"),
     "id is a float": (nested(id=1.5), rf"{QA}\.id: must be a string, is 1.5"),
     "id is true": (nested(id=True), rf"{QA}\.id: must be a string, is True"),
     "title is a list": (json.dumps([{**ROWS[0], "title": []}]), r"row 0\.title: must be a string"),
     "answers is a string": (nested(answers="king"), rf"{QA}\.answers: must be a list, is 'king'"),
-    "answer is a string": (nested(answers=["king"]), rf"{QA}\.answers\[0\]: must be an object"),
     "answer without text": (nested(answers=[{"answer_start": 1}]), rf'{QA}\.answers\[0\]: missing key "text"'),
-    "answer without start": (nested(answers=[{"text": "x"}]), rf'{QA}\.answers\[0\]: missing key "answer_start"'),
-    "start is a string": (
-        nested(answers=[{"text": "x", "answer_start": "4"}]),
-        r"answer_start: must be an integer, is '4'",
-    ),
-    "start is a float": (nested(answers=[{"text": "x", "answer_start": 4.0}]), r"answer_start: must be an integer"),
+    "start is a word": (nested(answers=[{"text": "x", "answer_start": "four"}]), "must be an integer, is 'four'"),
+    "start is no whole number": (nested(answers=[{"text": "x", "answer_start": 4.5}]), r"must be an integer, is 4\.5"),
+    "start is a long text": (nested(answers=[{"text": "x", "answer_start": "9" * 5000}]), "must be an integer, is '99"),
     "start is NaN": (nested(answers=[{"text": "x", "answer_start": float("nan")}]), r"must be an integer, is nan"),
     "start is true": (nested(answers=[{"text": "x", "answer_start": True}]), r"must be an integer, is True"),
     "start is huge": (nested(answers=[{"text": "x", "answer_start": 2**31}]), "2147483648 is outside every text"),
-    "texts without starts": (nested(answers={"text": ["x"]}), rf'{QA}\.answers: missing key "answer_start"'),
     "fewer starts": (nested(answers={"text": ["x"], "answer_start": []}), "1 texts but 0 answer_starts"),
     "is_impossible is a string": (nested(is_impossible="no"), rf"{QA}\.is_impossible: must be true or false, is 'no'"),
     "half a surrogate pair": (nested(question="a\ud800"), rf"{QA}\.question: character 1 is half of a surrogate pair"),
@@ -316,42 +309,8 @@ def test_more_than_2_gb_of_texts(tmp_path):
             file.write(json.dumps(row) + "\n")
     examples = read_squad_file(tmp_path / "file", tmp_path / "cache")
     assert examples[21]["context"].startswith("text 21 ") and examples.select([20])["context"][0][:7] == "text 20"
-    assert len(drop_misplaced_answers(examples, "file")) == 22
+    assert place_answers(examples, "file", "refuse")[1] == []
     assert len(distinct_texts(examples, "context").distinct) == 22
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Misplaced answers
-
-
-def test_drop_misplaced_answers(caplog):
-    context = "the king was born"
-    good = [("g1", "who", context, "king", 4), ("g2", "who", context, "", 0), ("g3", "who", context, "born", 13)]
-    bad = [
-        ("b1", "who", context, "king", 5),
-        ("b2", "who", context, "the", -17),
-        ("b3", "who", context, "born", 2**31 - 1),
-    ]
-    examples = make_examples([good[0], bad[0], good[1], bad[1], bad[2], good[2]])
-    empty = {
-        "id": "b4",
-        "title": "",
-        "context": context,
-        "question": "?",
-        "answers": {"text": [""], "answer_start": [0]},
-    }
-    examples = Dataset.from_list([*examples.to_list(), empty], features=EXAMPLE_FEATURES)
-    with caplog.at_level(logging.WARNING):
-        kept = drop_misplaced_answers(examples, "train.json")
-    assert kept["id"][:] == ["g1", "g2", "g3"]
-    assert "train.json: 4 of 7 questions are left out" in caplog.text and "b1, b2, b3, b4" in caplog.text
-    caplog.clear()
-    assert drop_misplaced_answers(make_examples(good), "train.json")["id"][:] == ["g1", "g2", "g3"]
-    assert caplog.text == ""
-    with pytest.raises(ValueError, match="train.json: no question's answer stands at its answer_start"):
-        drop_misplaced_answers(make_examples(bad), "train.json")
-    with pytest.raises(ValueError, match='train.json: missing key "answers"'):
-        drop_misplaced_answers(make_examples(good).remove_columns("answers"), "train.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,7 +373,6 @@ def test_hub_dataset_without_answers(hub, tmp_path):
             lambda rows: [without(row, "context") for row in rows],
             r'squad \(train\): no column "context"; found id, title',
         ),
-        (lambda rows: [without(row, "id") for row in rows], 'no column "id"'),
         (lambda rows: [{**row, "answers": "king"} for row in rows], "its columns are not those of SQuAD"),
         (lambda rows: [{**row, "id": "same"} for row in rows], "id 'same' stands more than once"),
         (lambda rows: [rows[0], {**rows[1], "question": None}], 'row 1 has no value in column "question"'),

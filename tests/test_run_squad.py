@@ -386,6 +386,7 @@ def test_misplaced_answers_are_left_out_of_training_and_named(inputs, tmp_path, 
     question["answers"][0]["answer_start"] += 1
     (tmp_path / "train.json").write_text(json.dumps(data))
     argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(tmp_path / "out"), *QUICK, "--do_train"]
+    argv += ["--misplaced_answers", "drop"]
     run_squad.main([*argv, "--train_file", str(tmp_path / "train.json")])
     assert f"first ids: {question['id']}" in capsys.readouterr().err
     assert read(tmp_path, "out", "train_results.json")["train_samples"] == 11
