@@ -572,11 +572,13 @@ def keep_negative_windows(features: Dataset, share: float, seed: int) -> Dataset
     kept = np.random.default_rng(seed).permutation(negative)[: round(share * len(negative))]
     if len(positive) + len(kept) == 0:
         raise ValueError(f"--negative_windows {share} leaves nothing to train on: no window holds an answer; raise it")
+    if share == 1:
+        return features
     logger.info(
         f"Training windows: {len(positive)} hold an answer; of the {len(negative)} others {len(kept)} are trained on "
         f"(--negative_windows {share})."
     )
-    return features if len(kept) == len(negative) else features.select(np.sort(np.concatenate([positive, kept])))
+    return features.select(np.sort(np.concatenate([positive, kept])))
 
 
 # ---- Batches ----
