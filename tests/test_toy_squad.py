@@ -186,7 +186,7 @@ def test_models_and_tokenizers(toy, position_embedding_type):
 @pytest.mark.slow
 def test_quickstart(tmp_path):
     """In a copy of the repository, with the packages of this Python. Its f1 is far above what it must reach."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "scripts"]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "qa", ROOT / "scripts"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     environment = {
         **os.environ,
