@@ -1,6 +1,6 @@
 """What this project costs, beside what it replaces. Each subcommand prints a table and can write its rows as JSON.
 
-python scripts/benchmark.py attention [--sizes base large] [--lengths 160x10 384x4 512x4] [--repeats 8] [--json FILE]
+python scripts/benchmark.py attention [--sizes toy base large] [--lengths 384x4 ...] [--repeats 8] [--json FILE]
 python scripts/benchmark.py data [--questions 87599] [--repeats 3] [--json FILE]
 python scripts/benchmark.py training [--size base] [--questions 20000] [--batches 8] [--repeats 3] [--json FILE]
 python scripts/benchmark.py scale [--contracts 1 4 16] [--json FILE]
@@ -51,13 +51,21 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 # Relative against absolute positions, one BERT layer
 
 
+# size -> (hidden size, heads, intermediate size), and lengths x batch sizes; toy is what the quickstart trains
+ATTENTION_SHAPES = {
+    "toy": ((128, 8, 256), ["28x32"]),
+    "base": ((768, 12, 3072), ["48x32", "160x10", "384x4", "512x4"]),
+    "large": ((1024, 16, 4096), ["160x10", "384x4", "512x4"]),
+}
+
+
 def add_attention_command(commands) -> None:
     parser = commands.add_parser(
         "attention",
         help="one BERT layer with relative positions: ours, the plain formula, absolute positions under sdpa",
     )
-    parser.add_argument("--sizes", nargs="+", choices=("base", "large"), default=["base", "large"])
-    parser.add_argument("--lengths", nargs="+", default=["160x10", "384x4", "512x4"], help="length x batch size")
+    parser.add_argument("--sizes", nargs="+", choices=ATTENTION_SHAPES, default=list(ATTENTION_SHAPES))
+    parser.add_argument("--lengths", nargs="+", help="length x batch size (those that the size is used with)")
     parser.add_argument("--passes", nargs="+", choices=("forward", "train"), default=["forward", "train"])
     parser.add_argument("--dropout", type=float, default=0.0, help="of the probabilities, in training (%(default)s)")
     parser.add_argument("--repeats", type=int, default=8, help="timed rounds, after one that is not (%(default)s)")
@@ -78,7 +86,7 @@ def measure_attention(args: argparse.Namespace) -> list[dict]:
     print(f"{'':36}{heads}{'ours/abs':>9}{'ref/abs':>8}{'ours/ref':>9}{heads}{'added':>8}")
     rows = []
     for size in args.sizes:
-        for length, batch in (map(int, shape.split("x")) for shape in args.lengths):
+        for length, batch in (map(int, shape.split("x")) for shape in args.lengths or ATTENTION_SHAPES[size][1]):
             for kind in args.passes:
                 layers = make_layers(size, length, args.dropout, device, dtype)
                 hidden = torch.randn(batch, length, layers["absolute"].attention.output.dense.in_features)
@@ -118,13 +126,13 @@ def make_layers(size: str, length: int, dropout: float, device, dtype) -> dict:
 
     from qa.modeling_relative_bert import RelativeBertLayer
 
-    hidden, heads = {"base": (768, 12), "large": (1024, 16)}[size]
+    hidden, heads, intermediate = ATTENTION_SHAPES[size][0]
     layers = {}
     for position_type in ("absolute", "relative_key", "relative_key_query"):
         config = BertConfig(
             hidden_size=hidden,
             num_attention_heads=heads,
-            intermediate_size=4 * hidden,
+            intermediate_size=intermediate,
             attention_probs_dropout_prob=dropout,
             max_position_embeddings=max(512, length),
             position_embedding_type=position_type,
