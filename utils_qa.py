@@ -148,9 +148,9 @@ class AnswerSearch:
         settings: AnswerSettings,
         device: torch.device | str = "cpu",
     ):
-        self.examples = examples
-        self.features = features
         self.settings = settings
+        self.examples = examples
+        self._characters = features.with_format("arrow", columns=["context_start", "char_starts", "char_ends"])
         self.ids = _column(examples, "id").to_pylist()
         self.example = _column(features, "example_index").to_numpy(zero_copy_only=False)  # of each window
         _check_windows(self.example, self.ids)
@@ -260,7 +260,7 @@ class AnswerSearch:
         piece = slice(first, min(first + QUESTIONS_PER_PIECE, len(self.ids)))
         ids = self.ids[piece]
         spans = self.best[piece][np.arange(self.settings.n_best_size) < self.num_best[piece, None]]
-        char_start, char_end = _characters(self.features, spans)
+        char_start, char_end = _characters(self._characters, spans)
         start_logit, end_logit = spans["start_logit"], spans["end_logit"]
         example = self.example[spans["window"]] - first
         candidates = _Candidates(example, _score(spans), start_logit, end_logit, char_start, char_end)
@@ -305,13 +305,16 @@ def _list_lengths(dataset: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def _characters(features: datasets.Dataset, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(char_start, char_end), both (spans,) int32: where each span starts and ends in its context."""
+    """(char_start, char_end), both (spans,) int32: where each span starts and ends in its context.
+
+    features: in Arrow's format, with the columns context_start, char_starts, char_ends.
+    """
     char_start, char_end = np.empty(len(spans), np.int32), np.empty(len(spans), np.int32)
     if not len(spans):
         return char_start, char_end
     low, high = spans["window"].min(), spans["window"].max() + 1
     # A part of the file, not copied: only what is looked up is read.
-    table = features.with_format("arrow", columns=["context_start", "char_starts", "char_ends"])[low:high]
+    table = features[low:high]
     window = spans["window"] - low
     context_start = table["context_start"].to_numpy()[window]
     for name, position, characters in (("char_starts", "start", char_start), ("char_ends", "end", char_end)):

@@ -756,7 +756,8 @@ def measure_scale(args: argparse.Namespace) -> list[dict]:
     """
     print(f"one core, Python {platform.python_version()}")
     print(
-        f"{'':17}{'contracts':>10}{'windows':>9}{'seconds':>9}{'of CPU':>8}{'windows/s':>11}{'peak MB':>9}{'mapped MB':>11}"
+        f"{'':17}{'contracts':>10}{'windows':>9}{'seconds':>9}{'of CPU':>8}{'a CPU second':>14}{'peak MB':>9}"
+        f"{'mapped MB':>11}"
     )
     rows = []
     for contracts in sorted(args.contracts):
@@ -777,7 +778,7 @@ def measure_scale(args: argparse.Namespace) -> list[dict]:
 
 def print_scale_row(row: dict) -> None:
     windows, seconds = row["windows"] or "", row["seconds"]
-    rate = f"{row['windows'] / row['cpu_seconds']:11.0f}" if row["windows"] else f"{'':11}"
+    rate = f"{row['windows'] / row['cpu_seconds']:14.0f}" if row["windows"] else f"{'':14}"
     print(
         f"{row['what']:<17}{row['contracts']:10}{windows:>9}{seconds:9.2f}{row['cpu_seconds']:8.2f}{rate}"
         f"{row['peak_bytes'] / 1e6:9.0f}{row['mapped_bytes'] / 1e6:11.0f}",
@@ -807,9 +808,10 @@ def write_contracts(folder: Path, contracts: int) -> None:
 
 
 class Measured:
-    """Seconds, those of the processor, and peak memory of a `with` block: what is no file's, and what is mapped of files.
+    """Seconds, those of the processor alone, and peak memory of a `with` block.
 
-    Pages of files that are mapped count as the process's memory too, but the kernel takes them back when it needs room.
+    Memory is of two kinds: what is no file's, and the mapped pages of files, which the kernel takes back when it needs
+    room. Read from Linux's /proc.
     """
 
     def __enter__(self):
