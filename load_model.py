@@ -1,11 +1,16 @@
 """From a checkpoint's name to what a model is built with, and from a saved folder to what transformers 4 can read."""
 
 import json
+import logging
 import os
 
-from transformers import PreTrainedConfig
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_relative_bert import RELATIVE_TYPES
+
+logger = logging.getLogger(__name__)
 
 POSITION_EMBEDDING_TYPES = ("absolute", *RELATIVE_TYPES)
 
@@ -33,6 +38,46 @@ def resolve_position_embedding_type(config: PreTrainedConfig, name: str, request
             f"or use {' or '.join(RELATIVE_TYPES)}"
         )
     return position_type
+
+
+@torch.no_grad()
+def grow_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Gives a model with relative positions room for windows of `length` tokens, and logs it; else changes nothing.
+
+    With n positions, its tables of 2 * n - 1 rows know distances up to n - 1. Clipping larger ones to that (Shaw et al.
+    2018, section 3.2) is the same as repeating the outermost rows, which is what happens here. So the logits of a
+    window of n tokens or fewer do not change, training in longer ones trains each row for its own distance, and the
+    saved model is one of `length` positions to every program. The absolute table, which takes no part, gets zeros.
+    """
+    config = model.config
+    if getattr(config, "position_embedding_type", None) not in RELATIVE_TYPES:
+        return
+    # Also where the model has grown before and the tokenizer has not: each may come from a folder of its own.
+    tokenizer.model_max_length = max(length, tokenizer.model_max_length)
+    positions = config.max_position_embeddings
+    more = length - positions
+    if more <= 0:
+        return
+    for layer in model.bert.encoder.layer:
+        attention = layer.attention.self
+        rows = attention.distance_embedding.weight  # (2 * positions - 1, head size)
+        rows = torch.cat([rows[:1].expand(more, -1), rows, rows[-1:].expand(more, -1)])
+        set_rows(attention.distance_embedding, rows)
+        attention.max_position_embeddings = length
+    absolute = model.bert.embeddings.position_embeddings
+    set_rows(absolute, nn.functional.pad(absolute.weight, (0, 0, 0, more)))
+    config.max_position_embeddings = length
+    logger.info(
+        "Relative positions grow from %d tokens to %d (--max_seq_length): distances beyond %d start as that one.",
+        positions,
+        length,
+        positions - 1,
+    )
+
+
+def set_rows(embedding: nn.Embedding, rows: torch.Tensor) -> None:
+    embedding.weight = nn.Parameter(rows, requires_grad=embedding.weight.requires_grad)
+    embedding.num_embeddings = len(rows)
 
 
 def rename_extra_special_tokens(folder: str | os.PathLike) -> None:

@@ -34,7 +34,7 @@ from data_qa import (
     make_train_features,
 )
 from legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, translate_flags
-from load_model import POSITION_EMBEDDING_TYPES, resolve_position_embedding_type
+from load_model import POSITION_EMBEDDING_TYPES, grow_positions, resolve_position_embedding_type
 from model_card import model_card
 from modeling_relative_bert import RelativeBertForQuestionAnswering
 from trainer_qa import (
@@ -296,6 +296,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         status, checkpoint = on_main_process(lambda: plan_training(training_args, settings, restarted))
     trained = status == "trained"
     model = load_model(model_args, config, folder=training_args.output_dir if trained else None)
+    grow_positions(model, tokenizer, data_args.max_seq_length)
     check_length(data_args.max_seq_length, model, tokenizer)
     if model.config.model_type == "bert" and training_args.ddp_find_unused_parameters is None:
         # Every trainable parameter of BERT takes part in the loss, so DDP need not look for those that do not.
@@ -530,10 +531,10 @@ def load_model(model_args: ModelArguments, config, folder: str | None = None):
     absolute = position_type_of(config) == "absolute"
     model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
     name = folder or model_args.model_name_or_path
-    # float32 whatever the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
-    model, info = _from_hub(
-        model_class, name, model_args, "a model", config=config, output_loading_info=True, dtype=torch.float32
-    )
+    # What this run has saved may have more positions than what it started from, and says so itself. float32 whatever
+    # the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
+    settings = {"output_loading_info": True, "dtype": torch.float32} | ({} if folder else {"config": config})
+    model, info = _from_hub(model_class, name, model_args, "a model", **settings)
     if any("distance_embedding" in key for key in info["unexpected_keys"]):
         raise ValueError(
             f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
@@ -556,7 +557,10 @@ def check_length(max_seq_length: int, model, tokenizer) -> None:
     if longest is not None and getattr(embeddings, "padding_idx", None) is not None:
         longest -= embeddings.padding_idx + 1  # RoBERTa counts positions from there
     if longest is not None and max_seq_length > longest:
-        raise ValueError(f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only")
+        raise ValueError(
+            f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only; BERT with "
+            "relative positions (position_embedding_type relative_key, relative_key_query) takes longer windows"
+        )
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows} only")

@@ -32,6 +32,7 @@ from huggingface_hub.errors import EntryNotFoundError  # noqa: E402
 import run_squad  # noqa: E402
 from data_qa import QADataCollator, WindowSettings, make_features  # noqa: E402
 from legacy_flags import OneLineParser  # noqa: E402
+from load_model import grow_positions  # noqa: E402
 from utils_qa import postprocess_qa_predictions  # noqa: E402
 
 WINDOWS_PER_BATCH = 16
@@ -83,6 +84,7 @@ def ask(args: argparse.Namespace) -> None:
     context = read_context(args.context_file)
     model, tokenizer = load(args.model_dir)
     settings = answer_settings(args)
+    grow_positions(model, tokenizer, settings.windows.max_seq_length)
     run_squad.check_length(settings.windows.max_seq_length, model, tokenizer)
 
     questions = [args.question] if args.question is not None else read_questions(args.context_file is None)
