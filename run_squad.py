@@ -26,6 +26,7 @@ from qa.legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, 
 from qa.load_model import (
     POSITION_EMBEDDING_TYPES,
     check_length,
+    grow_positions,
     load_config,
     load_model,
     load_tokenizer,
@@ -306,9 +307,10 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         restarted = was_restarted()
         status, checkpoint = on_main_process(lambda: run_folder.plan_training(training_args, settings, restarted))
     if status == "trained":
-        model = load_trained_model(training_args.output_dir, config)
+        model = load_trained_model(training_args.output_dir)
     else:
         model = load_model(name, config, **source)
+    grow_positions(model, tokenizer, data_args.max_seq_length)
     check_length(data_args.max_seq_length, model, tokenizer)
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
     log_summary(model, examples, features, data_args, training_args)

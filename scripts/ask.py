@@ -31,7 +31,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  
 
 from qa import hub  # noqa: E402
 from qa.legacy_flags import OneLineParser  # noqa: E402
-from qa.load_model import check_length, load_config, load_model, load_tokenizer  # noqa: E402
+from qa.load_model import check_length, grow_positions, load_config, load_model, load_tokenizer  # noqa: E402
 from qa.processes import set_up_logging  # noqa: E402
 from qa.run_folder import QA_SETTINGS  # noqa: E402
 from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
@@ -86,6 +86,7 @@ def ask(args: argparse.Namespace) -> None:
     context = read_context(args.context_file)
     model, tokenizer = load(args.model_dir)
     settings = make_settings(args)
+    grow_positions(model, tokenizer, settings.windows.max_seq_length)
     check_length(settings.windows.max_seq_length, model, tokenizer)
 
     questions = [args.question] if args.question is not None else read_questions(args.context_file is None)
