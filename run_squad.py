@@ -258,6 +258,10 @@ class QATrainingArguments(TrainingArguments):
         if self.use_cpu or torch.cuda.is_available():
             meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
         super().__post_init__()
+        if self.world_size > 1 and not self.accelerator_config.even_batches:
+            raise ValueError(
+                "--accelerator_config even_batches false would leave processes waiting for each other: leave it out"
+            )
         if self.world_size == 1 and self._n_gpu > 1:
             logger.warning(
                 "Using one of %d GPUs. To use all: torchrun --nproc_per_node=%d run_squad.py ...",
@@ -307,7 +311,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         restarted = was_restarted()
         status, checkpoint = on_main_process(lambda: run_folder.plan_training(training_args, settings, restarted))
     if status == "trained":
-        model = load_trained_model(training_args.output_dir)
+        model = load_trained_model(training_args.output_dir, model_args.trust_remote_code)
     else:
         model = load_model(name, config, **source)
     grow_positions(model, tokenizer, data_args.max_seq_length)

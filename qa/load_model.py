@@ -59,12 +59,13 @@ def load_model(name: str, config, **source) -> PreTrainedModel:
     return model
 
 
-def load_trained_model(folder: str) -> PreTrainedModel:
+def load_trained_model(folder: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a run has saved in `folder`; its positions may have grown since that run began.
 
     Raises TrainingError where one of its weights is missing there.
     """
-    model, report = _load(folder, load_config(folder))
+    source = {"trust_remote_code": trust_remote_code}
+    model, report = _load(folder, load_config(folder, **source), **source)
     check_all_weights(report, folder)
     return model
 

@@ -7,6 +7,7 @@ any moment leaves either a whole checkpoint or one that is named and not loaded.
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def run_settings(model_args, data_args, training_args, position_embedding_type: 
 
 
 def _hash_of(features) -> str:
-    # The name of the features' file is a hash of all that they are made of.
-    return Path(features.cache_files[0]["filename"]).stem
+    # The name of the features' file begins with a hash of all that is trained on; what follows is how it is stored.
+    return re.match(r"cache-[a-z]+-features-[0-9a-f]+", Path(features.cache_files[0]["filename"]).name)[0]
 
 
 def write_qa_settings(training_args, model_args, data_args) -> None:
@@ -76,6 +77,7 @@ def write_qa_settings(training_args, model_args, data_args) -> None:
 
 def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> None:
     """Raises ValueError that names what differs between the settings of the run in `folder` and those of this one."""
+    earlier = {"negative_windows": 1.0, **earlier}  # which earlier versions of this program did not have
     changed = [
         f"{name} is {settings.get(name)!r}, was {value!r}"
         for name, value in earlier.items()

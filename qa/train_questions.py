@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from datasets.table import InMemoryTable
 
 from qa.read_squad import EXAMPLE_FEATURES
 from utils_qa import distinct_texts
@@ -166,7 +167,12 @@ def _with_repaired_answers(examples: Dataset, changes: dict[int, dict]) -> Datas
                 context = contexts.distinct[number].as_py()
             answers[row]["text"][0], answers[row]["answer_start"][0] = context[begin:end], begin
     column = pa.array(answers, EXAMPLE_FEATURES.arrow_schema.field("answers").type)
-    return examples.remove_columns("answers").add_column("answers", column)
+    if len(examples) == len(examples.data):
+        return examples.remove_columns("answers").add_column("answers", column)
+    # A selection of rows; add_column would first write each of its contexts out once a question.
+    table = examples.with_format("arrow")[:]
+    table = table.set_column(table.column_names.index("answers"), "answers", column)
+    return Dataset(InMemoryTable(table), info=examples.info)
 
 
 def _report_changes(changes: Iterable[dict], total: int, source: str, misplaced: str) -> None:

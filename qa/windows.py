@@ -154,10 +154,14 @@ def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite
     contexts, questions = distinct_texts(examples, "context"), _stripped(distinct_texts(examples, "question"))
     answers = _answer_spans(examples, contexts.row, labelled)
 
-    fingerprint = _fingerprint(contexts, questions, answers, labelled, tokenizer, windows)
+    name = f"cache-{'train' if labelled else 'eval'}-features-"
+    name += _fingerprint(contexts, questions, answers if labelled else None, tokenizer, windows)
+    name += f"-v{FEATURES_VERSION}"
+    if not labelled and answers is not None:  # their limits stand in the file too
+        name += f"-{hashlib.sha256(b''.join(map(memoryview, answers))).hexdigest()[:16]}"
     files = examples.cache_files
     directory = os.path.dirname(files[0]["filename"]) if files else datasets.config.HF_DATASETS_CACHE
-    path = os.path.join(directory, f"cache-{'train' if labelled else 'eval'}-features-{fingerprint}.arrow")
+    path = os.path.join(directory, f"{name}.arrow")
     if overwrite_cache or not os.path.exists(path):
         backend = _plain_backend(tokenizer)
         context_tokens = _tokenize_contexts(contexts.distinct, backend, num_proc, f"{desc} (contexts)")
@@ -191,25 +195,25 @@ def _answer_spans(examples: Dataset, context_row: np.ndarray, first_only: bool) 
     return Spans(example, context_row[example].astype(np.int64), first, first + length)
 
 
-def _fingerprint(
-    contexts: Texts, questions: Texts, answers: Spans | None, labelled: bool, tokenizer, windows: WindowSettings
-) -> str:
-    """Hash of all that decides the features, however `examples` came to be.
+def _fingerprint(contexts: Texts, questions: Texts, labels: Spans | None, tokenizer, windows: WindowSettings) -> str:
+    """Hash of all that decides what is trained on or answered, however `examples` came to be.
 
-    The tokenizer counts by what it is, not by its pickle, which changes with every other use of it.
+    It stands in each checkpoint, so that it must stay what it is from one version of this program to the next. The
+    tokenizer counts by what it is, not by its pickle, which changes with every other use of it.
     """
     digest = hashlib.sha256()
     for texts in (contexts, questions):
-        digest.update(pc.binary_length(texts.distinct).to_numpy())
+        digest.update(pc.binary_length(texts.distinct).to_numpy().astype(np.int32))
         digest.update(_utf8_bytes(texts.distinct))
         digest.update(texts.row)
-    for column in answers or ():
-        digest.update(column)
+    if labels is not None:
+        spans = np.full((len(contexts.row), 2), -1, np.int64)  # of each question, -1 where it has no answer
+        spans[labels.example] = np.stack([labels.start, labels.end], axis=1)
+        digest.update(spans)
     settings = [
-        FEATURES_VERSION,
+        2,
         tokenizers.__version__,
-        labelled,
-        answers is not None,
+        labels is not None,
         dataclasses.astuple(windows),
         tokenizer.model_input_names,
         tokenizer.split_special_tokens,
@@ -485,7 +489,7 @@ def _answer_tokens(answers: Spans, tokens: Tokens) -> tuple[np.ndarray, np.ndarr
     holding = np.flatnonzero(tokens.char_starts < tokens.char_ends)  # byte-level BPE's token for a space holds nothing
     first = np.searchsorted((base + tokens.char_ends)[holding], answers.start + answers.context * width, side="right")
     last = np.searchsorted((base + tokens.char_starts)[holding], answers.end + answers.context * width) - 1
-    touched = (answers.start >= 0) & (first <= last)
+    touched = (answers.start >= 0) & (answers.start < answers.end) & (first <= last)
     begin = tokens.offsets[answers.context]
     holding = np.append(holding, 0)  # what lies outside is not touched, but indexed all the same
     return np.where(touched, holding[first] - begin, -1), np.where(touched, holding[last] - begin, -1)

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:  # the examples are kept here, and their features beside them
             check(args, folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.refuse(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -1,5 +1,6 @@
 """What is trained on: answers that moved, contexts held out, flags that do not fit."""
 
+import json
 import logging
 import re
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from test_windows import golden_tokenizer
 from tiny import make_examples
 
-from qa.read_squad import EXAMPLE_FEATURES
+from qa.read_squad import EXAMPLE_FEATURES, read_squad_file
 from qa.train_questions import hold_out, locate, place_answers, warn_of_flags
 from qa.windows import WindowSettings, make_train_features
 
@@ -201,6 +202,23 @@ def test_repaired_examples_keep_their_file(tmp_path):
 def questions(contexts: int, each: int = 3) -> Dataset:
     # The questions of a context do not stand together.
     return make_examples([(f"{q}-{c}", f"{q}?", f"context {c}", "", 0) for q in range(each) for c in range(contexts)])
+
+
+def test_repairing_held_out_questions_keeps_each_context_once(tmp_path):
+    rows = [
+        {"id": f"{c}-{q}", "context": f"the king of town {c}", "question": "who?", "answers": ["king"]}
+        for c in range(10)
+        for q in range(20)
+    ]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(rows))
+    before = hold_out({"train": read_squad_file(file, tmp_path / "cache")}, 20, 42, "f")["train"]
+    examples, changes = place_answers(before, "f")
+    assert len(changes) == len(examples) == 160
+    assert examples.features == before.features
+    assert examples["context"][:] == before["context"][:] and examples["id"][:] == before["id"][:]
+    assert set(examples["answers"][0]["text"]) == {"king"} and examples["answers"][0]["answer_start"] == [4]
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -607,6 +607,18 @@ def test_any_change_makes_new_features(datasets_cache):
     assert len(cache_files(datasets_cache)) == len(variants)
 
 
+def test_the_hash_of_the_data_is_that_of_earlier_versions(monkeypatch):
+    """Checkpoints hold it: with another one no run that an earlier version began could go on."""
+    monkeypatch.setattr("tokenizers.__version__", "0")
+    settings = WindowSettings(32, 8, 12)
+    for make, expected in (
+        (make_train_features, "cache-train-features-91c923b40c7e19830e4861e7ccf655f4"),
+        (make_features, "cache-eval-features-a00a361c79b601eec02206fc1821d951"),
+    ):
+        features = make(golden_examples(), golden_tokenizer(), settings)
+        assert Path(features.cache_files[0]["filename"]).name.startswith(f"{expected}-v")
+
+
 def test_same_texts_in_other_rows_differ(datasets_cache):
     for contexts in ("aba", "abb", "baa"):
         rows = [(str(i), "who", f"the king {letter}", "", 0) for i, letter in enumerate(contexts)]
