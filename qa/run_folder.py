@@ -153,8 +153,8 @@ def begin_run(training_args, settings: dict, checkpoint: str | None, answer_chan
     if answer_changes:
         write_json(file, answer_changes)
         logger.info("%d answers that were repaired or left out are listed in %s.", len(answer_changes), file)
-    else:  # that of a run which --overwrite_output_dir has given up
-        Path(file).unlink(missing_ok=True)
+    elif os.path.exists(file):  # that of a run which --overwrite_output_dir has given up
+        os.remove(file)
 
 
 def write_run_state(output_dir: str, status: str, settings: dict) -> None:
