@@ -26,6 +26,7 @@ from qa.legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, 
 from qa.load_model import (
     POSITION_EMBEDDING_TYPES,
     check_length,
+    grow_positions,
     load_config,
     load_model,
     load_tokenizer,
@@ -41,10 +42,18 @@ from qa.processes import (
     set_up_logging,
     was_restarted,
 )
-from qa.read_squad import drop_misplaced_answers, load_examples
-from qa.windows import QADataCollator, WindowSettings, make_features, make_train_features
+from qa.read_squad import load_examples
+from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags
+from qa.windows import (
+    QADataCollator,
+    WindowSettings,
+    data_limits,
+    keep_negative_windows,
+    make_features,
+    make_train_features,
+)
 from trainer_qa import QuestionAnsweringTrainer, TrainingStopped
-from utils_qa import one_line, postprocess_qa_predictions, squad_scores, write_predictions, write_text
+from utils_qa import AnswerSettings, one_line, squad_scores, write_predictions, write_text
 
 logger = logging.getLogger("run_squad")
 
@@ -112,10 +121,27 @@ class DataTrainingArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the hub, such as squad."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON file to train on, in a SQuAD layout."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSON file to evaluate on."})
-    test_file: str | None = field(
-        default=None, metadata={"help": "JSON file to predict on; its questions need no answers."}
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "File to train on: JSON, JSON lines or Parquet in a SQuAD layout, also gzipped."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
+    test_file: str | None = field(default=None, metadata={"help": "File to predict on; its questions need no answers."})
+    validation_split_percentage: int | None = field(
+        default=None,
+        metadata={
+            "help": "Where there are no validation questions: evaluate on N%% of the training contexts, chosen "
+            "by --seed, with all their questions, and train on the others."
+        },
+    )
+    misplaced_answers: str = field(
+        default="repair",
+        metadata={
+            "help": "What to do with a training answer that does not stand at its answer_start: repair (look "
+            "for it in its context; leave the question out where it is not there), drop (leave the question out) or "
+            "refuse.",
+            "choices": list(MISPLACED_ANSWERS),
+        },
     )
     max_seq_length: int = field(
         default=384, metadata={"help": "Most tokens of a window: question, a part of the context, special tokens."}
@@ -136,6 +162,13 @@ class DataTrainingArguments:
         default=0.0,
         metadata={"help": "Answer with nothing where its score is above the best answer's by more than this."},
     )
+    negative_windows: float = field(
+        default=1.0,
+        metadata={
+            "help": "Train on this share of the windows that hold no answer, drawn by the seed; in SQuAD 2.0 those of "
+            "questions without an answer are among them. 1 is what was published; of a contract nearly all are such."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N questions only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N questions only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first N questions only."})
@@ -149,6 +182,11 @@ class DataTrainingArguments:
     def __post_init__(self):
         names = "n_best_size max_answer_length max_train_samples max_eval_samples max_predict_samples"
         check_at_least_1(self, *names.split(), "preprocessing_num_workers")
+        percentage = self.validation_split_percentage
+        if percentage is not None and not 1 <= percentage <= 99:
+            raise ValueError(f"--validation_split_percentage is {percentage}, must be from 1 to 99")
+        if not 0 <= self.negative_windows <= 1:
+            raise ValueError(f"--negative_windows is {self.negative_windows}, must be a share from 0 to 1")
 
 
 @dataclass
@@ -199,7 +237,8 @@ class QATrainingArguments(TrainingArguments):
             raise ValueError("--dataloader_in_order False would mix up the windows: leave it out")
         if not self.eval_do_concat_batches or self.batch_eval_metrics:
             raise ValueError(
-                "answers need all logits at once: leave --eval_do_concat_batches False and --batch_eval_metrics out"
+                "answers are kept, not logits: --eval_do_concat_batches False and --batch_eval_metrics would have no "
+                "effect. Leave them out"
             )
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor has no effect on start and end positions: leave it out")
@@ -219,6 +258,10 @@ class QATrainingArguments(TrainingArguments):
         if self.use_cpu or torch.cuda.is_available():
             meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
         super().__post_init__()
+        if self.world_size > 1 and not self.accelerator_config.even_batches:
+            raise ValueError(
+                "--accelerator_config even_batches false would leave processes waiting for each other: leave it out"
+            )
         if self.world_size == 1 and self._n_gpu > 1:
             logger.warning(
                 "Using one of %d GPUs. To use all: torchrun --nproc_per_node=%d run_squad.py ...",
@@ -259,7 +302,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     position_type = model_args.position_embedding_type
     config = load_config(name, position_type, config_name=model_args.config_name, **source)
     tokenizer = load_tokenizer(model_args.tokenizer_name or name, **source)
-    examples = read_examples(model_args, data_args, training_args)
+    examples, answer_changes = read_examples(model_args, data_args, training_args)
     features = make_windows(examples, tokenizer, data_args, training_args)
 
     settings = run_folder.run_settings(model_args, data_args, training_args, position_type_of(config), features)
@@ -268,21 +311,22 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         restarted = was_restarted()
         status, checkpoint = on_main_process(lambda: run_folder.plan_training(training_args, settings, restarted))
     if status == "trained":
-        model = load_trained_model(training_args.output_dir, config)
+        model = load_trained_model(training_args.output_dir, model_args.trust_remote_code)
     else:
         model = load_model(name, config, **source)
+    grow_positions(model, tokenizer, data_args.max_seq_length)
     check_length(data_args.max_seq_length, model, tokenizer)
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
     log_summary(model, examples, features, data_args, training_args)
     if trainer.is_world_process_zero() and (training_args.do_train or training_args.do_eval):
-        run_folder.write_qa_settings(training_args.output_dir, model_args, data_args)
+        run_folder.write_qa_settings(training_args, model_args, data_args)
 
     if status == "trained":
         logger.info("Training was finished before; going on with the model in %s.", training_args.output_dir)
         trainer.state = TrainerState.load_from_json(os.path.join(training_args.output_dir, "trainer_state.json"))
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
     elif training_args.do_train:
-        train(trainer, settings, checkpoint)
+        train(trainer, settings, checkpoint, answer_changes)
     scores = evaluate(trainer) if training_args.do_eval else {}
     if training_args.do_predict:
         predict(trainer, examples["test"], features["test"])
@@ -332,9 +376,14 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
     """Raises ValueError where what is to be done lacks its data, or a tracker that is asked for is missing."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict")
+    held_out = data_args.train_file if data_args.validation_split_percentage else None
     needs = {
         "--do_train": (training_args.do_train, "--train_file", data_args.train_file),
-        "--do_eval": (training_args.do_eval, "--validation_file", data_args.validation_file),
+        "--do_eval": (
+            training_args.do_eval,
+            "--validation_file, --train_file with --validation_split_percentage",
+            data_args.validation_file or held_out,
+        ),
         "--do_predict": (training_args.do_predict, "--test_file", data_args.test_file),
     }
     for task, (asked, flag, file) in needs.items():
@@ -358,6 +407,8 @@ def log_summary(model, examples, features, data_args, training_args: QATrainingA
     logger.info("Model: %s, %s positions.", type(model).__name__, position_type_of(model.config))
     for split, questions in examples.items():
         logger.info("%s: %d questions, %d windows.", split.capitalize(), len(questions), len(features[split]))
+        for line in data_limits(features[split], data_args.max_answer_length, data_args.max_query_length):
+            logger.info("%s: %s.", split.capitalize(), line)
     logger.info(
         "Windows: at most %d tokens; the next one starts %d context tokens later (run_qa.py took --doc_stride as the "
         "overlap instead).",
@@ -413,39 +464,54 @@ def hub_source(model_args: ModelArguments) -> dict:
 # ---- Questions and windows ----
 
 
-def read_examples(model_args, data_args, training_args) -> dict:
-    """The questions of each split that is needed: "train", "validation", "test" -> `datasets.Dataset`."""
+def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict]]:
+    """The questions of each split that is needed: "train", "validation", "test" -> `datasets.Dataset`.
+
+    And what `place_answers` changed in those of "train".
+    """
     needed = {
         "train": (training_args.do_train, data_args.train_file, data_args.max_train_samples),
         "validation": (training_args.do_eval, data_args.validation_file, data_args.max_eval_samples),
         "test": (training_args.do_predict, data_args.test_file, data_args.max_predict_samples),
     }
     files = {split: file for split, (asked, file, _) in needed.items() if asked and file is not None}
+    percentage = data_args.validation_split_percentage
+    if percentage and training_args.do_eval and data_args.validation_file is None and data_args.train_file is not None:
+        files["train"] = data_args.train_file
     with training_args.main_process_first(desc="reading the questions"):
         splits = load_examples(
             data_args.dataset_name, data_args.dataset_config_name, files, model_args.cache_dir, model_args.token
         )
-    examples = {}
+    if percentage and (data_args.validation_file is not None or "validation" in splits):
+        logger.info("--validation_split_percentage %d has no effect: there are validation questions.", percentage)
+        data_args.validation_split_percentage = percentage = None
+    if percentage and "train" in splits:
+        source = data_args.train_file or data_args.dataset_name
+        splits = hold_out(splits, percentage, training_args.seed, source)
+    examples, answer_changes = {}, []
     for split, (asked, file, most) in needed.items():
         if not asked:
             continue
-        source = file or data_args.dataset_name
+        source = file or data_args.dataset_name or data_args.train_file
         if split not in splits:
-            raise ValueError(f"the dataset {source} has no split {split!r}; it has {', '.join(splits)}")
+            hint = "; --validation_split_percentage makes one of its train split" if split == "validation" else ""
+            raise ValueError(f"the dataset {source} has no split {split!r}; it has {', '.join(splits)}{hint}")
         questions = splits[split]
         if split != "test" and "answers" not in questions.column_names:
             raise ValueError(f"{source}: no question has the key 'answers', which {split} needs")
+        if split != "test":
+            warn_of_flags(split, questions, source, data_args.version_2_with_negative)
         if split == "train":
-            questions = drop_misplaced_answers(questions, source)
+            questions, answer_changes = place_answers(questions, source, data_args.misplaced_answers)
         examples[split] = questions if most is None else questions.select(range(min(most, len(questions))))
-    return examples
+    return examples, answer_changes
 
 
 def make_windows(examples: dict, tokenizer, data_args, training_args) -> dict:
-    """The features of each split, as `examples`."""
+    """The features of each split, as `examples`; of the training windows those that are trained on."""
     windows = WindowSettings(data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length)
     with training_args.main_process_first(desc="making the features"):
-        return {
+        features = {
             split: (make_train_features if split == "train" else make_features)(
                 questions,
                 tokenizer,
@@ -456,6 +522,10 @@ def make_windows(examples: dict, tokenizer, data_args, training_args) -> dict:
             )
             for split, questions in examples.items()
         }
+    if "train" in features:
+        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+        features["train"] = keep_negative_windows(features["train"], data_args.negative_windows, seed)
+    return features
 
 
 # ---- Training and answers ----
@@ -466,20 +536,11 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
         # Every trainable parameter of BERT takes part in the loss, so DDP need not look for those that do not.
         training_args.ddp_find_unused_parameters = False
 
-    def post_process(examples, features, logits, prefix):
-        answers = postprocess_qa_predictions(
-            examples,
-            features,
-            logits,
-            version_2_with_negative=data_args.version_2_with_negative,
-            n_best_size=data_args.n_best_size,
-            max_answer_length=data_args.max_answer_length,
-            null_score_diff_threshold=data_args.null_score_diff_threshold,
-        )
-        write_predictions(answers, training_args.output_dir, prefix)
+    def post_process(examples, predictions, prefix):
+        write_predictions(predictions, training_args.output_dir, prefix)
         if "answers" not in examples.column_names:
             return {}
-        return squad_scores(examples, answers, data_args.null_score_diff_threshold)
+        return squad_scores(examples, predictions, data_args.null_score_diff_threshold)
 
     half_precision = training_args.fp16 or training_args.bf16
     return QuestionAnsweringTrainer(
@@ -495,6 +556,12 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
             # For half precision's kernels, where that cannot lead beyond the model's positions.
             pad_to_multiple_of=8 if half_precision and data_args.max_seq_length % 8 == 0 else None,
         ),
+        answer_settings=AnswerSettings(
+            data_args.n_best_size,
+            data_args.max_answer_length,
+            data_args.version_2_with_negative,
+            data_args.null_score_diff_threshold,
+        ),
         post_process_function=post_process,
         run_settings=settings,
         train_ids=examples["train"]["id"] if "train" in examples else None,
@@ -502,11 +569,11 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
     )
 
 
-def train(trainer: QuestionAnsweringTrainer, settings: dict, checkpoint: str | None) -> None:
+def train(trainer: QuestionAnsweringTrainer, settings: dict, checkpoint: str | None, answer_changes: list) -> None:
     """Trains from `checkpoint` or anew, and saves the model, its tokenizer, the metrics and the state."""
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
-    on_main_process(lambda: run_folder.begin_run(trainer.args, settings, checkpoint))
+    on_main_process(lambda: run_folder.begin_run(trainer.args, settings, checkpoint, answer_changes))
     with trainer.signals_noted():
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}

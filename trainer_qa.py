@@ -2,7 +2,7 @@
 
 What transformers' Trainer does not do, and this one does:
 
-- it evaluates windows sorted by length, undoes the order exactly, and turns logits into answers and a metric;
+- it evaluates windows sorted by length, and keeps of their logits no more than the best answers of each question;
 - the order of the training windows depends on the seed and the epoch alone, so ranks agree and a resume repeats it;
 - a checkpoint counts only when it is whole, older ones go only after that, and a resumed run equals one never stopped;
 - SIGTERM and SIGINT finish the step, save and stop; a loss that is not finite stops the run before the optimizer steps.
@@ -32,7 +32,7 @@ from transformers.trainer_utils import speed_metrics
 from qa.load_model import load_weights, rename_extra_special_tokens
 from qa.processes import TrainingError, gather, on_main_process
 from qa.run_folder import checkpoint_folder, mark_whole, remove_checkpoint, rotate_checkpoints, same_command
-from utils_qa import one_line, write_json
+from utils_qa import AnswerSearch, AnswerSettings, one_line, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,9 @@ class QuestionAnsweringTrainer(Trainer):
     """
     Args:
         eval_examples: the questions (`datasets.Dataset` with `id`) whose windows are `eval_dataset`.
-        post_process_function: `(examples, features, (start_logits, end_logits), prefix) -> metrics`, called on the main
-            process alone; writes the answers and returns a flat dict of numbers, empty where there are no gold answers.
+        answer_settings: how answers are picked.
+        post_process_function: `(examples, predictions, prefix) -> metrics`, called on the main process alone with
+            `QAPredictions`; writes them and returns a flat dict of numbers, empty where there are no gold answers.
         run_settings: what must be equal for a resumed run to be the same run, as a flat JSON-able dict; written
             into every checkpoint.
         train_ids: the question ids that `example_index` of the training features points to.
@@ -79,6 +80,7 @@ class QuestionAnsweringTrainer(Trainer):
         self,
         *args,
         eval_examples=None,
+        answer_settings: AnswerSettings | None = None,
         post_process_function: Callable | None = None,
         run_settings: dict | None = None,
         train_ids: list[str] | None = None,
@@ -91,8 +93,10 @@ class QuestionAnsweringTrainer(Trainer):
         training_args.accelerator_config.use_seedable_sampler = False
         # Rotation waits until the new checkpoint is whole, which `Trainer._save_checkpoint` cannot know.
         self.save_total_limit, training_args.save_total_limit = training_args.save_total_limit, None
+        training_args.include_for_metrics = []  # the Trainer would keep them all, and nothing here reads them
         super().__init__(*args, **kwargs)
         self.eval_examples = eval_examples
+        self.answer_settings = answer_settings or AnswerSettings()
         self.post_process_function = post_process_function
         self.run_settings = run_settings or {}
         self.train_ids = train_ids
@@ -101,6 +105,7 @@ class QuestionAnsweringTrainer(Trainer):
         self.signal_received = 0  # by this process
         self.stop_signal = 0  # agreed on by all processes
         self._order = torch.Generator()
+        self._search: AnswerSearch | None = None  # of the evaluation in progress
         self.first_step = 0  # that this process has trained from
         self.evaluation_due = False  # at the step of the last checkpoint, but not made
         self._step_losses: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # (loss, example_index) a micro-batch
@@ -117,10 +122,16 @@ class QuestionAnsweringTrainer(Trainer):
     # ---- Order of the windows ----
 
     def get_train_dataloader(self):
-        collate = self.data_collator
-        self.data_collator = functools.partial(_collate_with_index, collate)
-        try:
+        with self._collating("example_index"):
             return super().get_train_dataloader()
+
+    @contextlib.contextmanager
+    def _collating(self, column: str):
+        """Data loaders made meanwhile give this column of numbers as well."""
+        collate = self.data_collator
+        self.data_collator = functools.partial(_collate_with, column, collate)
+        try:
+            yield
         finally:
             self.data_collator = collate
 
@@ -140,55 +151,64 @@ class QuestionAnsweringTrainer(Trainer):
             self._train_sampler.set_epoch(epoch)
 
     def _get_eval_sampler(self, eval_dataset):
-        # `predict_logits` has sorted the windows; the Trainer would shuffle them where training is grouped.
+        # `find_answers` has sorted the windows; the Trainer would shuffle them where training is grouped.
         return torch.utils.data.SequentialSampler(eval_dataset)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "example_index" not in self._signature_columns:
-            self._signature_columns.append("example_index")
+        for name in ("example_index", "window"):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
 
     # ---- Evaluation and prediction ----
 
-    def predict_logits(self, features, prefix: str) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
-        """Runs the model over `features`.
+    def find_answers(self, features, examples, prefix: str) -> tuple[AnswerSearch, dict[str, float]]:
+        """Runs the model over `features`, the windows of `examples`.
 
-        Returns ((start_logits, end_logits), speed metrics); the logits are float arrays of shape (windows, longest
-        window) in the order of `features`, on every process, with -100 where a window is shorter.
+        Returns (a search that has kept all windows, on every process; speed metrics). Raises ValueError, on every
+        process, for logits that are not finite, as `AnswerSearch.keep` does.
         """
+        self._search = search = AnswerSearch(examples, features, self.answer_settings, self.args.device)
         # Windows of like length share a batch; the longest come first, so that running out of memory shows at once.
-        order = np.argsort(-np.asarray(features["length"]), kind="stable")
+        order = np.argsort(-search.lengths, kind="stable")
         start_time = time.time()
-        # Evaluating must not move the random state that training goes on with.
-        with torch.random.fork_rng(devices=[]):
-            output = self.evaluation_loop(
-                self._loader_of_all(features.select(order)),
-                description="Evaluation",
-                prediction_loss_only=False,
-                metric_key_prefix=prefix,
-            )
-        if not self.is_in_train:
-            self._close_bars()
-        seconds = speed_metrics(prefix, start_time, num_samples=len(features))
-        logits = []
-        for in_order in output.predictions[:2]:
-            restored = np.empty_like(in_order)
-            restored[order] = in_order
-            logits.append(restored)
-        return (logits[0], logits[1]), seconds
+        numbered = features.add_column("window", np.arange(len(features), dtype=np.int32))
+        try:
+            # Evaluating must not move the random state that training goes on with.
+            with torch.random.fork_rng(devices=[]):
+                self.evaluation_loop(
+                    self._loader_of_all(numbered.select(order)),
+                    description="Evaluation",
+                    prediction_loss_only=False,
+                    metric_key_prefix=prefix,
+                )
+        finally:
+            self._search = None
+            if not self.is_in_train:
+                self._close_bars()
+        return search, speed_metrics(prefix, start_time, num_samples=len(features))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As `Trainer.prediction_step`, but keeps the best spans, and no logits for the Trainer to keep."""
+        window = inputs.pop("window")
+        loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        found = self._search.find(window.to(self.args.device), *logits[:2])
+        self._search.keep(self.accelerator.gather_for_metrics(found))
+        return loss, None, None
 
     def _loader_of_all(self, features) -> torch.utils.data.DataLoader:
         """`get_eval_dataloader` without --dataloader_drop_last, and without the one kept from other features."""
         self.__dict__.pop("_eval_dataloaders", None)
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return self.get_eval_dataloader(features)
+            with self._collating("window"):
+                return self.get_eval_dataloader(features)
         finally:
             self.args.dataloader_drop_last = drop_last
 
     def _answer(self, features, examples, prefix: str) -> dict[str, float]:
-        logits, metrics = self.predict_logits(features, prefix)
-        scores = on_main_process(lambda: self.post_process_function(examples, features, logits, prefix))
+        search, metrics = self.find_answers(features, examples, prefix)
+        scores = on_main_process(lambda: self.post_process_function(examples, search.predictions(), prefix))
         return {**{f"{prefix}_{name}": value for name, value in scores.items()}, **metrics}
 
     def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -584,6 +604,6 @@ def check_private_parts(trainer_class: type) -> None:
         )
 
 
-def _collate_with_index(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """The batch with the questions that its windows are of, so that an error can name them."""
-    return {**collate(rows), "example_index": torch.tensor([row["example_index"] for row in rows])}
+def _collate_with(column: str, collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """The batch with a column that tells which questions or windows it holds."""
+    return {**collate(rows), column: torch.tensor([row[column] for row in rows])}

@@ -1,16 +1,19 @@
 """From start and end logits to answers, and from answers to scores.
 
-`postprocess_qa_predictions` picks the answer spans, `write_predictions` writes them, `squad_scores` compares them with
-the gold answers. `SquadMetric` is the same comparison in the interface of `evaluate`.
+`AnswerSearch` picks the answer spans from logits, a batch at a time (`postprocess_qa_predictions` from all at once),
+`write_predictions` writes them, `squad_scores` compares them with the gold answers. `SquadMetric` is the same
+comparison in the interface of `evaluate`.
 """
 
 import contextlib
 import json
+import math
 import os
 import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import datasets
@@ -18,9 +21,11 @@ import evaluate
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
-QUESTIONS_PER_PIECE = 512  # of the n-best file, written at once
-WINDOWS_PER_CHUNK = 256  # windows searched at once: the spans of one chunk stay in the processor's cache
+QUESTIONS_PER_PIECE = 512  # whose texts are read, and whose n-best lists are written, at once
+WINDOWS_PER_CHUNK = 64  # windows searched at once: the spans of one chunk stay in the processor's cache
+WINDOWS_PER_MERGE = 256  # windows whose spans are fetched from an accelerator and compared with the best at once
 LARGEST_LOGIT = np.finfo(np.float32).max / 2  # the sum of two still is a float32
 
 
@@ -64,6 +69,22 @@ class QAPredictions(NamedTuple):
     best_non_null: dict[str, str]
 
 
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are picked, see AnswerSearch; by default as run_squad.py does."""
+
+    n_best_size: int = 20
+    max_answer_length: int = 30  # tokens
+    version_2_with_negative: bool = False
+    null_score_diff_threshold: float = 0.0
+
+    def __post_init__(self):
+        if self.n_best_size < 1 or self.max_answer_length < 1:
+            raise ValueError(
+                f"n_best_size is {self.n_best_size}, max_answer_length {self.max_answer_length}: both must be 1 or more"
+            )
+
+
 def postprocess_qa_predictions(
     examples: datasets.Dataset,
     features: datasets.Dataset,
@@ -74,7 +95,30 @@ def postprocess_qa_predictions(
     max_answer_length: int = 30,
     null_score_diff_threshold: float = 0.0,
 ) -> QAPredictions:
-    """Turn the logits of all windows into one answer a question.
+    """What AnswerSearch answers, from the logits of all windows at once.
+
+    predictions: start and end logits, each (num_windows, padded length); row i belongs to features[i]. The rest is as
+    in AnswerSearch and AnswerSettings. Raises ValueError as they do, and for logits that do not fit the features.
+    """
+    settings = AnswerSettings(n_best_size, max_answer_length, version_2_with_negative, null_score_diff_threshold)
+    search = AnswerSearch(examples, features, settings)
+    start_logits, end_logits = (np.asarray(logits) for logits in predictions)
+    for logits in (start_logits, end_logits):
+        needed = (len(features), search.lengths.max(initial=0))
+        if logits.ndim != 2 or len(logits) != needed[0] or logits.shape[1] < needed[1]:
+            raise ValueError(
+                f"logits have shape {logits.shape}, but the features have {needed[0]} windows of up to {needed[1]} "
+                "tokens: pass the logits of these features"
+            )
+    for first in range(0, len(features), WINDOWS_PER_CHUNK):
+        window = np.arange(first, min(first + WINDOWS_PER_CHUNK, len(features)))
+        logits = (torch.from_numpy(logits[window]) for logits in (start_logits, end_logits))
+        search.keep(search.find(torch.from_numpy(window), *logits))
+    return search.predictions()
+
+
+class AnswerSearch:
+    """Turns the logits of windows, which come a batch at a time and in any order, into one answer a question.
 
     The algorithm is `postprocess_qa_predictions` of Hugging Face's run_qa.py. In each window the `n_best_size` best
     starts are combined with the `n_best_size` best ends. Spans inside the context, not reversed and of at most
@@ -86,75 +130,153 @@ def postprocess_qa_predictions(
     takes no part, so an answer does not depend on how far its batch was padded; a question without any span is
     answered by "" (at logits 0.0), where run_qa.py writes "empty".
 
+    Scores are computed in float32; probabilities are a float64 softmax over the scores of the n-best list. Of logits
+    nothing is kept but the n best spans of each question, 20 bytes each.
+
     Args:
         examples: columns id and context. Gold answers are not read and need not be there.
         features: columns example_index, length, context_start, char_starts, char_ends; windows in any order.
-        predictions: start and end logits, each (num_windows, padded length); row i belongs to features[i]. Scores
-            are computed in float32; probabilities are a float64 softmax over the scores of the n-best list.
+        device: where the logits will be.
 
-    Raises:
-        ValueError: logits that do not fit the features; NaN, +inf or an overflow at a token of a window (names the
-            questions); a question without a window (names it).
+    Raises ValueError for features that are not those of `examples`: a question without a window (names it).
     """
-    if n_best_size < 1 or max_answer_length < 1:
-        raise ValueError(f"n_best_size is {n_best_size}, max_answer_length {max_answer_length}: both must be 1 or more")
-    ids = _column(examples, "id").to_pylist()
-    contexts = _column(examples, "context").to_pylist()
-    windows = _windows_by_example(features, ids)
-    start_logits, end_logits = (_check_shape(logits, windows) for logits in predictions)
-    _check_values(start_logits, end_logits, windows, ids, version_2_with_negative)
 
-    spans = _best_spans(start_logits, end_logits, windows, n_best_size, max_answer_length)
-    nulls = _null_answers(start_logits, end_logits, windows) if version_2_with_negative else None
-    candidates = _n_best(spans, nulls, n_best_size, len(ids))
-    return _to_predictions(candidates, nulls, ids, contexts, null_score_diff_threshold)
+    def __init__(
+        self,
+        examples: datasets.Dataset,
+        features: datasets.Dataset,
+        settings: AnswerSettings,
+        device: torch.device | str = "cpu",
+    ):
+        self.settings = settings
+        self.examples = examples
+        self._characters = features.with_format("arrow", columns=["context_start", "char_starts", "char_ends"])
+        self.ids = _column(examples, "id").to_pylist()
+        self.example = _column(features, "example_index").to_numpy(zero_copy_only=False)  # of each window
+        _check_windows(self.example, self.ids)
+        self.lengths, context_start = (_column(features, name).to_numpy() for name in ("length", "context_start"))
+        context_end = context_start + _list_lengths(features, "char_starts")
+        # (windows, 3) int32: tokens of the window, positions of the first context token and after the last one.
+        self.bounds = torch.from_numpy(np.stack([self.lengths, context_start, context_end], axis=1)).to(device)
+        # The best spans of each question so far, best first: those of question i are best[i, :num_best[i]].
+        self.best = np.zeros((len(self.ids), settings.n_best_size), _SPAN)
+        self.num_best = np.zeros(len(self.ids), np.int32)
+        self.nulls = np.full(len(self.ids), np.array((-1, -1, -1, np.inf, np.inf), _SPAN))
+        self.num_windows = 0  # kept so far
+        self._found: list[torch.Tensor] = []  # and not merged into `best` yet
+
+    def find(self, window: torch.Tensor, start_logits: torch.Tensor, end_logits: torch.Tensor) -> torch.Tensor:
+        """The best spans of each window of a batch, for `keep`; only reads, and runs where the logits are.
+
+        window: (batch,) int, rows of the features; start_logits, end_logits: (batch, padded length), any float type.
+        Returns an int32 tensor of shape (batch, 4 + 4 n_best_size), which processes can gather; `_unpack` explains it.
+        """
+        start_logits, end_logits = start_logits.float(), end_logits.float()
+        bounds = self.bounds[window]
+        length, n = bounds[:, :1], self.settings.n_best_size
+        inside = torch.arange(start_logits.shape[1], device=bounds.device) < length
+        usable = ((start_logits <= LARGEST_LOGIT) & (end_logits <= LARGEST_LOGIT) | ~inside).all(dim=1)
+        null = torch.stack([start_logits[:, 0], end_logits[:, 0]], dim=1)
+        if self.settings.version_2_with_negative:
+            usable &= (null >= -LARGEST_LOGIT).all(dim=1)
+        positions, logits = best_spans(start_logits, end_logits, bounds, n, self.settings.max_answer_length)
+        window, usable = window[:, None].int(), usable[:, None].int()
+        return torch.cat([window, usable, null.view(torch.int32), positions, logits.view(torch.int32)], dim=1)
+
+    def keep(self, found: torch.Tensor) -> None:
+        """Keeps what `find` found in some windows, each of which must come once.
+
+        Raises ValueError for NaN, +inf or an overflow at a token of a window, and in version 2 for -inf at the null
+        answer (names the questions). On an accelerator that comes up to WINDOWS_PER_MERGE windows later.
+        """
+        if found.device.type == "cpu":  # waiting for an accelerator at each batch would let it stand idle
+            self._check(found)
+        self._found.append(found)
+        if sum(map(len, self._found)) >= WINDOWS_PER_MERGE:
+            self._merge()
+
+    def predictions(self) -> QAPredictions:
+        """The answers, once all windows are kept. Raises ValueError where some are not."""
+        self._merge()
+        if self.num_windows != len(self.example):
+            raise ValueError(
+                f"there are logits of {self.num_windows} windows, but the features have {len(self.example)}: "
+                "each window must come once"
+            )
+        pieces = [self._predict(first) for first in range(0, max(len(self.ids), 1), QUESTIONS_PER_PIECE)]
+        return _join(pieces, self.ids)
+
+    def _check(self, found: torch.Tensor) -> None:
+        window, usable = found[:, :2].T.numpy()
+        if not usable.all():
+            broken = [self.ids[i] for i in np.unique(self.example[window[usable == 0]])]
+            raise ValueError(
+                f"the logits of {len(broken)} questions hold NaN or infinity (first ids: {', '.join(broken[:5])}): "
+                "the model diverged or overflowed; use an earlier checkpoint or a wider dtype"
+            )
+
+    def _merge(self) -> None:
+        if not self._found:
+            return
+        found = torch.cat(self._found).cpu()
+        self._found.clear()
+        self._check(found)
+        self.num_windows += len(found)
+        nulls, spans = _unpack(found.numpy(), self.settings.n_best_size)
+        self._keep_best(spans[spans["start"] >= 0])
+        if self.settings.version_2_with_negative:
+            self._keep_lowest(nulls)
+
+    def _keep_best(self, spans: np.ndarray) -> None:
+        """spans: (spans,) of _SPAN; those of one window stand together, best first."""
+        n = self.settings.n_best_size
+        example = self.example[spans["window"]]
+        lowest = np.where(self.num_best[example] == n, _score(self.best[example, -1]), -np.inf)
+        spans = spans[_score(spans) >= lowest]
+
+        touched = np.unique(self.example[spans["window"]])
+        earlier = self.best[touched][np.arange(n) < self.num_best[touched, None]]
+        spans = np.concatenate([earlier, spans])
+        example = self.example[spans["window"]]
+        # Stable: equal scores go by window, and within one by rank.
+        best_first = np.lexsort((spans["window"], -_score(spans), example))
+        spans, example = spans[best_first], example[best_first]
+        rank = np.arange(len(spans)) - np.searchsorted(example, example)
+        keep = rank < n
+        self.best[example[keep], rank[keep]] = spans[keep]
+        self.num_best[touched] = np.minimum(np.bincount(np.searchsorted(touched, example), minlength=len(touched)), n)
+
+    def _keep_lowest(self, nulls: np.ndarray) -> None:
+        """The null answer of a question is its window's with the lowest score, the first if several have it."""
+        touched = np.unique(self.example[nulls["window"]])
+        nulls = np.concatenate([self.nulls[touched], nulls])
+        example = np.concatenate([touched, self.example[nulls["window"][len(touched) :]]])
+        lowest_first = np.lexsort((nulls["window"], _score(nulls), example))
+        _, first = np.unique(example[lowest_first], return_index=True)
+        self.nulls[touched] = nulls[lowest_first[first]]
+
+    def _predict(self, first: int) -> QAPredictions:
+        """The answers to QUESTIONS_PER_PIECE questions."""
+        piece = slice(first, min(first + QUESTIONS_PER_PIECE, len(self.ids)))
+        ids = self.ids[piece]
+        spans = self.best[piece][np.arange(self.settings.n_best_size) < self.num_best[piece, None]]
+        char_start, char_end = _characters(self._characters, spans)
+        start_logit, end_logit = spans["start_logit"], spans["end_logit"]
+        example = self.example[spans["window"]] - first
+        candidates = _Candidates(example, _score(spans), start_logit, end_logit, char_start, char_end)
+        nulls = None
+        if self.settings.version_2_with_negative:
+            nulls = self.nulls[piece]
+            nulls = _not_a_span(np.arange(len(ids)), nulls["start_logit"], nulls["end_logit"])
+        candidates = _n_best(candidates, nulls, self.settings.n_best_size, len(ids))
+        contexts = distinct_texts(self.examples, "context", piece)
+        strings = contexts.distinct.to_pylist()
+        contexts = [strings[i] for i in contexts.row.tolist()]
+        return _to_predictions(candidates, nulls, ids, contexts, self.settings.null_score_diff_threshold)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Windows
-
-
-class _Windows(NamedTuple):
-    """Columns of the features, one entry a window, sorted by example; a token's characters stand in flat arrays."""
-
-    row: np.ndarray  # row in the features and in the logits
-    example: np.ndarray
-    length: np.ndarray  # tokens
-    context_start: np.ndarray  # position of the first context token
-    context_end: np.ndarray  # position after the last one
-    char_index: np.ndarray  # char_starts[char_index + position] is where the token at this position starts
-    char_starts: np.ndarray  # (context tokens of all windows,) offsets into the context
-    char_ends: np.ndarray
-
-
-def _windows_by_example(features: datasets.Dataset, ids: list[str]) -> _Windows:
-    example = _column(features, "example_index").to_numpy(zero_copy_only=False)
-    order = np.argsort(example, kind="stable")
-    example = example[order]
-    windows_per_example = np.bincount(example, minlength=len(ids))
-    if len(windows_per_example) > len(ids):
-        raise ValueError(
-            f"features have windows of example {example[-1]}, but there are {len(ids)} examples: "
-            "pass the examples that the features were made from"
-        )
-    if len(missing := np.flatnonzero(windows_per_example == 0)):
-        raise ValueError(
-            f"{len(missing)} questions have no window in the features (first ids: "
-            f"{', '.join(ids[i] for i in missing[:5])}): pass the features of all examples"
-        )
-    char_starts, char_ends = _column(features, "char_starts"), _column(features, "char_ends")
-    offsets = char_starts.offsets.to_numpy() - char_starts.offsets[0].as_py()
-    context_start = _column(features, "context_start").to_numpy(zero_copy_only=False)[order].astype(np.int64)
-    return _Windows(
-        row=order,
-        example=example,
-        length=_column(features, "length").to_numpy(zero_copy_only=False)[order],
-        context_start=context_start,
-        context_end=context_start + np.diff(offsets)[order],
-        char_index=offsets[:-1][order] - context_start,
-        char_starts=char_starts.flatten().to_numpy(),
-        char_ends=char_ends.flatten().to_numpy(),
-    )
+# Columns of the features and examples
 
 
 def _column(dataset: datasets.Dataset, name: str) -> pa.Array:
@@ -163,39 +285,167 @@ def _column(dataset: datasets.Dataset, name: str) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
-def _check_shape(logits: np.ndarray, windows: _Windows) -> np.ndarray:
-    logits = np.asarray(logits, dtype=np.float32)
-    needed = (len(windows.row), windows.length.max(initial=0))
-    if logits.ndim != 2 or len(logits) != needed[0] or logits.shape[1] < needed[1]:
+def _check_windows(example: np.ndarray, ids: list[str]) -> None:
+    windows_per_example = np.bincount(example, minlength=len(ids))
+    if len(windows_per_example) > len(ids):
         raise ValueError(
-            f"logits have shape {logits.shape}, but the features have {needed[0]} windows of up to {needed[1]} tokens: "
-            "pass the logits of these features"
+            f"features have windows of example {example.max()}, but there are {len(ids)} examples: "
+            "pass the examples that the features were made from"
         )
-    return logits
-
-
-def _check_values(start_logits, end_logits, windows: _Windows, ids: list[str], null_counts: bool) -> None:
-    broken = np.zeros(len(windows.row), dtype=bool)
-    for logits in (start_logits, end_logits):
-        for chunk in _chunks(len(windows.row)):
-            inside = np.arange(logits.shape[1]) < windows.length[chunk, None]
-            broken[chunk] |= (~(logits[windows.row[chunk]] <= LARGEST_LOGIT) & inside).any(axis=1)
-        if null_counts:
-            broken |= ~(logits[windows.row, 0] >= -LARGEST_LOGIT)
-    if broken.any():
-        questions = [ids[i] for i in np.unique(windows.example[broken])]
+    if len(missing := np.flatnonzero(windows_per_example == 0)):
         raise ValueError(
-            f"the logits of {len(questions)} questions hold NaN or infinity (first ids: {', '.join(questions[:5])}): "
-            "the model diverged or overflowed; use an earlier checkpoint or a wider dtype"
+            f"{len(missing)} questions have no window in the features (first ids: "
+            f"{', '.join(ids[i] for i in missing[:5])}): pass the features of all examples"
         )
 
 
-def _chunks(num_windows: int):
-    return (slice(i, i + WINDOWS_PER_CHUNK) for i in range(0, max(num_windows, 1), WINDOWS_PER_CHUNK))
+def _list_lengths(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    column = dataset.with_format("arrow", columns=[name])[:].column(name)  # not copied, where it is a file's
+    return pc.list_value_length(column).to_numpy()
+
+
+def _characters(features: datasets.Dataset, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(char_start, char_end), both (spans,) int32: where each span starts and ends in its context.
+
+    features: in Arrow's format, with the columns context_start, char_starts, char_ends.
+    """
+    char_start, char_end = np.empty(len(spans), np.int32), np.empty(len(spans), np.int32)
+    if not len(spans):
+        return char_start, char_end
+    low, high = spans["window"].min(), spans["window"].max() + 1
+    # A part of the file, not copied: only what is looked up is read.
+    table = features[low:high]
+    window = spans["window"] - low
+    context_start = table["context_start"].to_numpy()[window]
+    for name, position, characters in (("char_starts", "start", char_start), ("char_ends", "end", char_end)):
+        first = 0
+        for chunk in table[name].chunks:
+            here = np.flatnonzero((window >= first) & (window < first + len(chunk)))
+            offset = chunk.offsets.to_numpy()[window[here] - first] - context_start[here]
+            characters[here] = chunk.values.to_numpy()[offset + spans[position][here]]
+            first += len(chunk)
+    return char_start, char_end
+
+
+class Texts(NamedTuple):
+    """A column of texts: the distinct ones, in the order of their first rows, and which of them each row holds."""
+
+    distinct: pa.LargeStringArray  # (num_distinct,)
+    row: np.ndarray  # (num_rows,) int32
+
+
+def distinct_texts(dataset: datasets.Dataset, name: str, rows: slice = slice(None)) -> Texts:
+    """The texts of some rows, each distinct one once, whether they are stored so (dictionary-encoded) or row by row."""
+    column = dataset.with_format("arrow", columns=[name])[rows].column(name)
+    if not pa.types.is_dictionary(column.type):  # large strings: texts of more than 2 GB make one array
+        column = column.cast(pa.large_string()).dictionary_encode()
+    if column.num_chunks == 0:
+        return Texts(pa.array([], pa.large_string()), np.zeros(0, np.int32))
+    column = pa.concat_arrays(column.chunks)
+    # A selection of rows has the dictionary of all of them.
+    used, first, row = np.unique(column.indices.to_numpy(), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order))
+    used, distinct = used[order], column.dictionary
+    if len(used) < len(distinct) or (np.diff(used) < 0).any():
+        distinct = distinct.take(pa.array(used))
+    return Texts(distinct, rank[row])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Span search
+
+
+# A span of a window, or with start and end -1 its null answer.
+_SPAN = np.dtype(
+    [
+        ("window", np.int32),  # row in the features
+        ("start", np.int32),  # position in the window
+        ("end", np.int32),  # the same, of the last token
+        ("start_logit", np.float32),
+        ("end_logit", np.float32),
+    ]
+)
+
+
+def _score(spans: np.ndarray) -> np.ndarray:
+    return spans["start_logit"] + spans["end_logit"]
+
+
+def best_spans(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    bounds: torch.Tensor,
+    n_best_size: int,
+    max_answer_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best spans of each window, best first; see AnswerSearch.
+
+    start_logits, end_logits: (batch, padded length) float32. bounds: (batch, 3), the window's tokens and the positions
+    of the context's first token and after its last one. Returns start and end positions side by side, int32 of shape
+    (batch, 2 n_best_size) with -1 where there are fewer spans, and their start and end logits, float32, likewise.
+    """
+    length, context_start, context_end = bounds[:, :1], bounds[:, 1:2], bounds[:, 2:]
+    outside = torch.arange(start_logits.shape[1], device=bounds.device) >= length
+    start_logit, start = _largest(start_logits.masked_fill(outside, -math.inf), n_best_size)  # (batch, n)
+    end_logit, end = _largest(end_logits.masked_fill(outside, -math.inf), n_best_size)
+
+    start_score = start_logit.masked_fill((start < context_start) | (start >= context_end), -math.inf)
+    end_score = end_logit.masked_fill(end >= context_end, -math.inf)
+    more_tokens = end[:, None, :] - start[:, :, None]  # (batch, n, n)
+    score = start_score[:, :, None] + end_score[:, None, :]
+    score.masked_fill_((more_tokens < 0) | (more_tokens >= max_answer_length), -math.inf)
+    score, pair = _largest(score.flatten(1), n_best_size)  # (batch, up to n)
+    start_rank, end_rank = pair // end.shape[1], pair % end.shape[1]
+    columns = []
+    for values, rank, nothing in (
+        (start, start_rank, -1),
+        (end, end_rank, -1),
+        (start_logit, start_rank, 0.0),
+        (end_logit, end_rank, 0.0),
+    ):
+        column = values.gather(1, rank).masked_fill(score == -math.inf, nothing)
+        columns.append(torch.nn.functional.pad(column, (0, n_best_size - column.shape[1]), value=nothing))
+    return torch.cat(columns[:2], dim=1).int(), torch.cat(columns[2:], dim=1)
+
+
+def _largest(values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The n largest float32 values of each row and their columns, descending; equal values by column.
+
+    values: (rows, columns). Returns values and columns, (rows, min(n, columns)).
+    """
+    num_columns = values.shape[1]
+    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
+    # Bits of floats, read as integers, sort like the floats once those of negative ones, all but the sign, are flipped.
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    # One integer that sorts like (value, lower column first) makes topk, which is not stable, exact about ties.
+    later = torch.arange(num_columns - 1, -1, -1, device=values.device)
+    top = torch.add(later, bits.long(), alpha=2**32).topk(min(n, num_columns), dim=1).values
+    columns = num_columns - 1 - (top & 0xFFFFFFFF)
+    return values.gather(1, columns), columns
+
+
+def _unpack(found: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `AnswerSearch.find` has put side by side, floats as their bits.
+
+    That is the window, whether its logits can be used, start and end logit of the null answer, and then of the spans
+    all starts, all ends, all start logits and all end logits.
+
+    found: (windows, 4 + 4 n) int32. Returns the null answers, (windows,) of _SPAN, and the spans, (windows, n).
+    """
+    nulls, spans = np.empty(len(found), _SPAN), np.empty((len(found), n), _SPAN)
+    nulls["window"], spans["window"] = found[:, 0], found[:, :1]
+    nulls["start"] = nulls["end"] = -1
+    nulls["start_logit"], nulls["end_logit"] = found[:, 2:4].view(np.float32).T
+    spans["start"], spans["end"] = found[:, 4 : 4 + n], found[:, 4 + n : 4 + 2 * n]
+    logits = found[:, 4 + 2 * n :].view(np.float32)
+    spans["start_logit"], spans["end_logit"] = logits[:, :n], logits[:, n:]
+    return nulls, spans
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# n-best lists
 
 
 class _Candidates(NamedTuple):
@@ -209,73 +459,6 @@ class _Candidates(NamedTuple):
     char_end: np.ndarray
 
 
-def _best_spans(start_logits, end_logits, windows: _Windows, n_best_size: int, max_answer_length: int) -> _Candidates:
-    """The `n_best_size` best spans of each window, best first, windows one after the other."""
-    chunks = []
-    for chunk in _chunks(len(windows.row)):
-        w = _Windows(*(column[chunk, None] for column in windows[:6]), windows.char_starts, windows.char_ends)
-        inside = np.arange(start_logits.shape[1]) < w.length
-        start_logit, start = _largest(start_logits[w.row[:, 0]], inside, n_best_size)  # (windows, n)
-        end_logit, end = _largest(end_logits[w.row[:, 0]], inside, n_best_size)
-
-        score = start_logit[:, :, None] + end_logit[:, None, :]  # (windows, n, n)
-        length = end[:, None, :] - start[:, :, None] + 1
-        valid = ((start >= w.context_start) & (start < w.context_end))[:, :, None] & (end < w.context_end)[:, None, :]
-        valid &= (length >= 1) & (length <= max_answer_length) & (score > -np.inf)
-        flat = (len(score), score.shape[1] * score.shape[2])
-        score, pair = _largest(score.reshape(flat), valid.reshape(flat), n_best_size)  # (windows, n)
-        found, rank = np.nonzero(pair >= 0)
-        start_rank, end_rank = np.divmod(pair[found, rank], end.shape[1])
-
-        char_index = w.char_index[found, 0]
-        chunks.append(
-            _Candidates(
-                example=w.example[found, 0],
-                score=score[found, rank],
-                start_logit=start_logit[found, start_rank],
-                end_logit=end_logit[found, end_rank],
-                char_start=w.char_starts[char_index + start[found, start_rank]],
-                char_end=w.char_ends[char_index + end[found, end_rank]],
-            )
-        )
-    return _Candidates(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
-
-
-def _largest(values: np.ndarray, valid: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n largest valid float32 values of each row and their columns, descending; equal values by column.
-
-    values, valid: (rows, columns). Returns values and columns (rows, min(n, columns)); the column is -1, and the value
-    -inf, where a row has fewer than n valid ones.
-    """
-    num_columns = values.shape[1]
-    n = min(n, num_columns)
-    # One integer that sorts like (value, lower column first) makes the fastest sort exact about ties.
-    keys = (_sortable(values) << 32) | np.arange(num_columns - 1, -1, -1)
-    keys[~valid] = np.iinfo(np.int64).min
-    top = np.sort(keys, axis=1)[:, : -n - 1 : -1]
-    columns = num_columns - 1 - (top & 0xFFFFFFFF)
-    found = top != np.iinfo(np.int64).min
-    return np.where(found, np.take_along_axis(values, columns, axis=1), -np.inf), np.where(found, columns, -1)
-
-
-def _sortable(values: np.ndarray) -> np.ndarray:
-    """An int64 of 32 bits for each float32, which sorts like it.
-
-    Bits of floats, read as integers, sort like the floats once those of negative ones, all but the sign, are flipped.
-    """
-    bits = (values + np.float32(0.0)).view(np.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-
-
-def _null_answers(start_logits, end_logits, windows: _Windows) -> _Candidates:
-    """The null answer of each example: of its windows, the one with the lowest score (the first if several have it)."""
-    start_logit, end_logit = start_logits[windows.row, 0], end_logits[windows.row, 0]
-    lowest_first = np.lexsort((start_logit + end_logit, windows.example))
-    example, first = np.unique(windows.example[lowest_first], return_index=True)
-    lowest = lowest_first[first]
-    return _not_a_span(example, start_logit[lowest], end_logit[lowest])
-
-
 def _not_a_span(example, start_logit, end_logit) -> _Candidates:
     nowhere = np.full(len(example), -1)
     return _Candidates(example, start_logit + end_logit, start_logit, end_logit, nowhere, nowhere)
@@ -286,7 +469,7 @@ def _n_best(spans: _Candidates, nulls: _Candidates | None, n_best_size: int, num
     if nulls is not None:
         spans = _Candidates(*(np.concatenate(columns) for columns in zip(spans, nulls, strict=True)))
     # A stable sort: equal scores keep the order of windows and ranks, and the null answer comes last among equals.
-    best_first = np.argsort((spans.example.astype(np.int64) << 32) - _sortable(spans.score), kind="stable")
+    best_first = np.lexsort((-spans.score, spans.example))
     candidates = _Candidates(*(column[best_first] for column in spans))
     bounds = np.searchsorted(candidates.example, np.arange(num_examples))
     rank = np.arange(len(candidates.example)) - bounds[candidates.example]
@@ -341,6 +524,24 @@ def _to_predictions(
     null_odds = dict(zip(ids, odds, strict=True))
     answers = {id_: "" if null_odds[id_] > null_score_diff_threshold else text for id_, text in best_non_null.items()}
     return QAPredictions(answers, n_best, null_odds, best_non_null)
+
+
+def _join(pieces: list[QAPredictions], ids: list[str]) -> QAPredictions:
+    """The answers to the questions `ids`, from those to some of them after the other."""
+    tables = [piece.n_best.table for piece in pieces]
+    first = np.cumsum([0] + [len(table) for table in tables]).tolist()
+    bounds = [begin + bound for begin, piece in zip(first, pieces, strict=False) for bound in piece.n_best.bounds[:-1]]
+    answers, n_best, null_odds, best_non_null = zip(*pieces, strict=True)
+    return QAPredictions(
+        answers=_merged(answers),
+        n_best=NBest(ids, pa.concat_tables(tables), [*bounds, first[-1]]),
+        null_odds=None if null_odds[0] is None else _merged(null_odds),
+        best_non_null=_merged(best_non_null),
+    )
+
+
+def _merged(parts: Sequence[dict]) -> dict:
+    return {id_: value for part in parts for id_, value in part.items()}
 
 
 def _softmax(scores: np.ndarray, example: np.ndarray, first: np.ndarray) -> np.ndarray:

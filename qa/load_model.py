@@ -6,7 +6,15 @@ import os
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qa import hub
 from qa.modeling_relative_bert import RELATIVE_TYPES, RelativeBertForQuestionAnswering
@@ -51,9 +59,13 @@ def load_model(name: str, config, **source) -> PreTrainedModel:
     return model
 
 
-def load_trained_model(folder: str, config) -> PreTrainedModel:
-    """The model that a run has saved in `folder`. Raises TrainingError where one of its weights is missing there."""
-    model, report = _load(folder, config)
+def load_trained_model(folder: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a run has saved in `folder`; its positions may have grown since that run began.
+
+    Raises TrainingError where one of its weights is missing there.
+    """
+    source = {"trust_remote_code": trust_remote_code}
+    model, report = _load(folder, load_config(folder, **source), **source)
     check_all_weights(report, folder)
     return model
 
@@ -91,7 +103,10 @@ def check_length(max_seq_length: int, model, tokenizer) -> None:
     if longest is not None and getattr(embeddings, "padding_idx", None) is not None:
         longest -= embeddings.padding_idx + 1  # RoBERTa counts positions from there
     if longest is not None and max_seq_length > longest:
-        raise ValueError(f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only")
+        raise ValueError(
+            f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only; BERT with "
+            "relative positions (position_embedding_type relative_key, relative_key_query) takes longer windows"
+        )
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows} only")
@@ -146,6 +161,46 @@ def resolve_position_embedding_type(config: PreTrainedConfig, name: str, request
             f"or use {' or '.join(RELATIVE_TYPES)}"
         )
     return position_type
+
+
+@torch.no_grad()
+def grow_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Gives a model with relative positions room for windows of `length` tokens, and logs it; else changes nothing.
+
+    With n positions, its tables of 2 * n - 1 rows know distances up to n - 1. Clipping larger ones to that (Shaw et al.
+    2018, section 3.2) is the same as repeating the outermost rows, which is what happens here. So the logits of a
+    window of n tokens or fewer do not change, training in longer ones trains each row for its own distance, and the
+    saved model is one of `length` positions to every program. The absolute table, which takes no part, gets zeros.
+    """
+    config = model.config
+    if getattr(config, "position_embedding_type", None) not in RELATIVE_TYPES:
+        return
+    # Also where the model has grown before and the tokenizer has not: each may come from a folder of its own.
+    tokenizer.model_max_length = max(length, tokenizer.model_max_length)
+    positions = config.max_position_embeddings
+    more = length - positions
+    if more <= 0:
+        return
+    for layer in model.bert.encoder.layer:
+        attention = layer.attention.self
+        rows = attention.distance_embedding.weight  # (2 * positions - 1, head size)
+        rows = torch.cat([rows[:1].expand(more, -1), rows, rows[-1:].expand(more, -1)])
+        set_rows(attention.distance_embedding, rows)
+        attention.max_position_embeddings = length
+    absolute = model.bert.embeddings.position_embeddings
+    set_rows(absolute, nn.functional.pad(absolute.weight, (0, 0, 0, more)))
+    config.max_position_embeddings = length
+    logger.info(
+        "Relative positions grow from %d tokens to %d (--max_seq_length): distances beyond %d start as that one.",
+        positions,
+        length,
+        positions - 1,
+    )
+
+
+def set_rows(embedding: nn.Embedding, rows: torch.Tensor) -> None:
+    embedding.weight = nn.Parameter(rows, requires_grad=embedding.weight.requires_grad)
+    embedding.num_embeddings = len(rows)
 
 
 def rename_extra_special_tokens(folder: str | os.PathLike) -> None:

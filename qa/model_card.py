@@ -44,6 +44,8 @@ def model_card(
         os.path.basename(file) if file else data_args.dataset_name
         for file in (data_args.train_file, data_args.validation_file)
     )
+    if data_args.validation_split_percentage is not None:
+        eval_set = f"{data_args.validation_split_percentage}% of the contexts of {train_set}, held out"
     relative = position_embedding_type != "absolute"
     trust = ", trust_remote_code=True" if relative else ""
     results = [

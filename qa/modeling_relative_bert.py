@@ -24,9 +24,10 @@ from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringMode
 RELATIVE_TYPES = ("relative_key", "relative_key_query")
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
-GROUP_SCORES = 2**20  # scores of the heads that a CPU works on at a time: 4 MB in float32
+GROUP_ELEMENTS = 5 * 2**18  # scores and queries of the heads that a CPU works on at a time: 5 MB in float32
 KEPT_GROUPS = (3, 5)  # of 5 such groups 3 keep their probabilities for the gradient and 2 compute them again
 BLOCK_QUERIES = 32  # queries that share one product with the rows of their distances
+ROWS_MULTIPLE = 8  # that product is much slower with a number of rows that is not a multiple of this
 
 
 class RelativeBertForQuestionAnswering(PreTrainedModel):
@@ -379,7 +380,7 @@ def shift_lines(products: torch.Tensor, length: int) -> torch.Tensor:
     return products.as_strided((*lead, lines, length), strides, products.storage_offset() + lines - 1)
 
 
-# Relative attention on a CPU: a few heads at a time, whose scores stay in the cache
+# Relative attention on a CPU: some heads at a time, whose scores stay in the cache
 
 
 class RelativeAttention(torch.autograd.Function):
@@ -396,6 +397,7 @@ class RelativeAttention(torch.autograd.Function):
         context = query.new_empty(batch, length, heads, size).transpose(1, 2)
         if mask is not None:
             mask = mask.expand(batch, heads, length, length)
+        query_rows, key_rows = padded_rows(query_rows), padded_rows(key_rows)
         kept = []  # for each group of heads its probabilities or None, and which of them dropout has spared
         for number, group in enumerate(head_groups(query)):
             probabilities = group_probabilities(group, query, key, query_rows, key_rows, mask)
@@ -405,7 +407,7 @@ class RelativeAttention(torch.autograd.Function):
                 probabilities, spared = torch.native_dropout(probabilities, dropout, True)
                 if save:
                     kept.append(spared)
-            context[group] = probabilities @ value[group]
+            put(context, group, probabilities @ take(value, group))
         ctx.dropout = dropout
         ctx.save_for_backward(query, key, value, query_rows, key_rows, mask, context, *kept)
         return context.transpose(1, 2)
@@ -423,57 +425,89 @@ class RelativeAttention(torch.autograd.Function):
             probabilities = next(kept)
             if probabilities is None:
                 probabilities = group_probabilities(group, query, key, query_rows, key_rows, mask)
-            scores_grad = context_grad[group] @ value[group].transpose(-1, -2)  # of the probabilities, until below
+            queries, keys, output, output_grad = (take(each, group) for each in (query, key, context, context_grad))
+            scores_grad = output_grad @ take(value, group).transpose(-1, -2)  # of the probabilities, until below
+            # Through the softmax; the mean over the keys of the probabilities' gradient is output · its gradient.
+            mean = (output_grad * output).sum(-1, keepdim=True)
             if ctx.dropout > 0:
                 spared = next(kept)
                 scale = 1 / (1 - ctx.dropout)
                 scores_grad.mul_(spared).mul_(scale)
-                value_grad[group] = (probabilities * spared).transpose(-1, -2) @ (context_grad[group] * scale)
+                put(value_grad, group, (probabilities * spared).transpose(-1, -2) @ (output_grad * scale))
             else:
-                value_grad[group] = probabilities.transpose(-1, -2) @ context_grad[group]
-            # Through the softmax; the mean over the keys of the probabilities' gradient is context · its gradient.
-            scores_grad.sub_((context_grad[group] * context[group]).sum(-1, keepdim=True)).mul_(probabilities)
-            query_grad[group] = scores_grad @ key[group]
-            key_grad[group] = scores_grad.transpose(-1, -2) @ query[group]
-            add_relative_gradients_(query_grad[group], query_rows_grad, scores_grad, query[group], query_rows)
+                put(value_grad, group, probabilities.transpose(-1, -2) @ output_grad)
+            scores_grad.sub_(mean).mul_(probabilities)
+            queries_grad = scores_grad @ keys
+            add_relative_gradients_(queries_grad, query_rows_grad, scores_grad, queries, query_rows)
+            put(query_grad, group, queries_grad)
+            scores_grad = scores_grad.transpose(-1, -2)
+            keys_grad = scores_grad @ queries
             if key_rows is not None:
-                scores_grad = scores_grad.transpose(-1, -2)
-                add_relative_gradients_(key_grad[group], key_rows_grad, scores_grad, key[group], key_rows)
+                add_relative_gradients_(keys_grad, key_rows_grad, scores_grad, keys, key_rows)
+            put(key_grad, group, keys_grad)
+        num_rows = 2 * query.shape[2] - 1
+        query_rows_grad = query_rows_grad[:num_rows]
+        key_rows_grad = None if key_rows is None else key_rows_grad[:num_rows]
         return query_grad, key_grad, value_grad, query_rows_grad, key_rows_grad, None, None, None
+
+
+def head_groups(query: torch.Tensor):
+    """Indices of (batch, heads, ...) that take as many heads as keep their scores near the cache.
+
+    Those are all heads of one sequence or several, or where that is too much, some heads of one.
+    """
+    batch, heads, length, size = query.shape
+    size = max(1, GROUP_ELEMENTS // (length * (length + size)))
+    sequences = max(1, size // heads)
+    for sequence in range(0, batch, sequences):
+        for head in range(0, heads, size):
+            yield slice(sequence, sequence + sequences), slice(head, head + size)
+
+
+def take(tensor: torch.Tensor, group) -> torch.Tensor:
+    """A group's part of (batch, heads, length, ...) as (heads of the group, length, ...), a view where that can be."""
+    return tensor[group].flatten(0, 1)
+
+
+def put(tensor: torch.Tensor, group, values: torch.Tensor) -> None:
+    """Writes a group's (heads of the group, length, ...) into (batch, heads, length, ...)."""
+    part = tensor[group]
+    part.copy_(values.view(part.shape))
 
 
 def group_probabilities(group, query, key, query_rows, key_rows, mask) -> torch.Tensor:
     """The attention probabilities of one of `head_groups`, before dropout: (heads of the group, length, length)."""
-    scores = query[group] @ key[group].transpose(-1, -2)
-    add_relative_scores_(scores, query[group], query_rows)
+    queries, keys = take(query, group), take(key, group)
+    heads, length, _ = queries.shape
+    scores = queries.new_empty(heads, length, length)
+    for block, products in relative_products(queries, query_rows):
+        scores[:, block] = products
     if key_rows is not None:
-        add_relative_scores_(scores.transpose(-1, -2), key[group], key_rows)
+        for block, products in relative_products(keys, key_rows):
+            scores.transpose(-1, -2)[:, block] += products
     if mask is not None:
-        scores += mask[group]
-    return scores.softmax(-1)
-
-
-def head_groups(query: torch.Tensor):
-    """Indices of (batch, heads, ...) that take one sequence's heads, as many as keep their scores near the cache."""
-    batch, heads, length, _ = query.shape
-    size = max(1, min(heads, GROUP_SCORES // length**2))
-    for sequence in range(batch):
-        for start in range(0, heads, size):
-            yield sequence, slice(start, start + size)
+        part = mask[group]
+        scores.view(part.shape).add_(part)
+    return scores.baddbmm_(queries, keys.transpose(-1, -2)).softmax(-1)
 
 
 def query_blocks(length: int):
-    """Blocks of queries, each with the rows that it can see: (slice of queries, slice of rows)."""
+    """Blocks of queries, each with the rows that it can see and some more: (slice of queries, slice of rows)."""
     for start in range(0, length, BLOCK_QUERIES):
         stop = min(start + BLOCK_QUERIES, length)
-        yield slice(start, stop), slice(length - stop, 2 * length - 1 - start)
+        seen = length + stop - start - 1
+        yield slice(start, stop), slice(length - stop, length - stop + seen + -seen % ROWS_MULTIPLE)
 
 
-def add_relative_scores_(scores: torch.Tensor, queries: torch.Tensor, rows: torch.Tensor) -> None:
-    """Adds `relative_scores(queries, rows)` to `scores` (heads, length, length), a block of queries at a time."""
-    length = queries.shape[1]
-    for block, seen in query_blocks(length):
-        scores[:, block] += shift_lines(queries[:, block] @ rows[seen].T, length)
+def padded_rows(rows: torch.Tensor | None) -> torch.Tensor | None:
+    """With rows of zeros at the end for the last of `query_blocks`."""
+    return None if rows is None else F.pad(rows, (0, 0, 0, ROWS_MULTIPLE - 1))
+
+
+def relative_products(queries: torch.Tensor, rows: torch.Tensor):
+    """`relative_scores(queries, rows)`, (heads, length, length), a block of queries at a time: (slice, scores)."""
+    for block, seen in query_blocks(queries.shape[1]):
+        yield block, shift_lines(queries[:, block] @ rows[seen].T, queries.shape[1])
 
 
 def add_relative_gradients_(queries_grad, rows_grad, scores_grad, queries, rows) -> None:
@@ -482,7 +516,7 @@ def add_relative_gradients_(queries_grad, rows_grad, scores_grad, queries, rows)
     for block, seen in query_blocks(length):
         lines = block.stop - block.start
         if block.start == 0 or lines < BLOCK_QUERIES:
-            products_grad = queries.new_zeros(heads, lines, length + lines - 1)  # zero where no key is
+            products_grad = queries.new_zeros(heads, lines, seen.stop - seen.start)  # zero where no key is
         shift_lines(products_grad, length).copy_(scores_grad[:, block])
         queries_grad[:, block] += products_grad @ rows[seen]
         rows_grad[seen].addmm_(products_grad.flatten(0, 1).T, queries[:, block].reshape(heads * lines, size))

@@ -1,29 +1,33 @@
-"""Questions in: from the hub or from files in any SQuAD layout, as `datasets.Dataset` of EXAMPLE_FEATURES."""
+"""Questions in: from the hub or from files in any SQuAD layout, as `datasets.Dataset` of STORED_FEATURES.
+
+The layouts are those of `qa.layouts`.
+"""
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
-import re
-import reprlib
 import uuid
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
+from datasets.features import features as registry
+from datasets.table import table_cast
 
 from qa import hub
-from utils_qa import one_line
+from qa.layouts import KEYS, PLACE, Row, shown, squad_rows, table_rows
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 1  # part of every cache file's name: raise it when the same file is read as something else
+READER_VERSION = 2  # part of every cache file's name: raise it when the same file is read as something else
 ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
 
 EXAMPLE_FEATURES = Features(
@@ -37,6 +41,34 @@ EXAMPLE_FEATURES = Features(
 )
 
 
+@dataclass
+class DistinctText:
+    """A column of strings that holds each distinct one once, of any total size: Arrow's dictionary encoding.
+
+    datasets has no feature type for it, and would write out the strings row by row.
+    """
+
+    dtype: ClassVar[str] = "large_string"
+    pa_type: ClassVar[pa.DataType] = pa.dictionary(pa.int32(), pa.large_string())
+    _type: str = field(default="DistinctText", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def cast_storage(self, storage: pa.Array) -> pa.Array:
+        if storage.type == self.pa_type:
+            return storage
+        return storage.cast(self.pa_type.value_type).dictionary_encode()
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # datasets calls all feature types of others experimental
+    registry.register_feature(DistinctText, DistinctText.__name__)
+
+# What EXAMPLE_FEATURES are on disk and in memory: a contract of 40 questions is there once.
+STORED_FEATURES = Features({**EXAMPLE_FEATURES, "context": DistinctText()})
+
+
 def load_examples(
     dataset_name: str | None,
     dataset_config_name: str | None,
@@ -47,7 +79,7 @@ def load_examples(
     """Examples of each split ("train", "validation", "test") from the hub, from files, or from both.
 
     `files` maps a split to a path; a file takes the place of the hub dataset's split of that name. Every split has the
-    columns of `EXAMPLE_FEATURES`, "answers" only where the source has gold answers.
+    columns of `STORED_FEATURES`, "answers" only where the source has gold answers.
 
     Raises ValueError: the dataset is not found or has other columns, a file is not SQuAD, a split holds no question.
     """
@@ -70,23 +102,60 @@ def _load_hub_dataset(name: str, config_name: str | None, cache_dir: str | None,
 
 
 def _conform_hub_split(dataset: Dataset, source: str) -> Dataset:
-    """The columns of EXAMPLE_FEATURES, in their types; "title" may be missing, and "answers" where there are none."""
-    for column in ("id", "context", "question"):
+    """The columns of STORED_FEATURES, in their types; "title" may be missing, and "answers" where there are none.
+
+    The dataset's columns may be those of any layout. The result is kept beside the dataset's own file.
+    """
+    files = [file["filename"] for file in dataset.cache_files]
+    directory = os.path.dirname(files[0]) if files else datasets.config.HF_DATASETS_CACHE
+    # A builder's fingerprint says where its files are, not what is in them.
+    key = repr((dataset._fingerprint, [(file, os.stat(file).st_mtime_ns) for file in files]))
+    name = f"squad-{hashlib.sha256(key.encode()).hexdigest()[:32]}-v{READER_VERSION}.arrow"
+    path = os.path.join(directory, name)
+    if not os.path.exists(path):
+        table = _conform_hub_table(dataset, source)
+        write_arrow(path, _stored_features(table), [table])
+    return _with_ids_noted(Dataset.from_file(path), source)
+
+
+def _conform_hub_table(dataset: Dataset, source: str) -> pa.Table:
+    if "paragraphs" in dataset.column_names or "qas" in dataset.column_names:
+        return _read_hub_rows(dataset, source)
+    for column in ("context", "question"):
         if column not in dataset.column_names:
             raise ValueError(f'{source}: no column "{column}"; found {", ".join(dataset.column_names)}')
     if len(dataset) == 0:
         raise ValueError(f"{source}: holds no question")
+    if "id" not in dataset.column_names or "is_impossible" in dataset.column_names:
+        return _read_hub_rows(dataset, source)
+    original = dataset
     if "title" not in dataset.column_names:
         dataset = dataset.add_column("title", pa.array([""] * len(dataset)))
     features = Features({name: kind for name, kind in EXAMPLE_FEATURES.items() if name in dataset.column_names})
-    dataset = dataset.select_columns(list(features))
-    if dataset.features != features:
-        try:
-            dataset = dataset.cast(features)
-        except (pa.ArrowInvalid, TypeError, ValueError) as error:
-            raise ValueError(f"{source}: its columns are not those of SQuAD: {' '.join(str(error).split())}") from error
-    _check_hub_rows(dataset.with_format("arrow")[:], source)
-    return dataset
+    table = dataset.select_columns(list(features)).with_format("arrow")[:]
+    texts = features.copy()
+    texts["context"] = Value("large_string")  # of which a column holds more than 2 GB
+    try:
+        table = table_cast(table, texts.arrow_schema)
+    except (pa.ArrowInvalid, TypeError, ValueError):
+        return _read_hub_rows(original, source)
+    if "answers" in features and pc.list_flatten(pc.struct_field(table["answers"], "answer_start")).null_count:
+        return _read_hub_rows(original, source)
+    _check_hub_rows(table, source)
+    place = table.column_names.index("context")
+    return table.set_column(place, "context", table["context"].dictionary_encode())
+
+
+def _read_hub_rows(dataset: Dataset, source: str) -> pa.Table:
+    """The table of a dataset whose columns are those of another layout."""
+    columns = [name for name in dataset.column_names if name in KEYS]
+    batches = dataset.select_columns(columns).with_format("arrow").iter(ROWS_PER_RECORD_BATCH)
+    what = f"{source}: its columns are not those of SQuAD"
+    return _parse_squad(table_rows(batches, what), what)
+
+
+def _stored_features(table: pa.Table) -> Features:
+    return Features({name: STORED_FEATURES[name] for name in table.column_names})
 
 
 def _check_hub_rows(table: pa.Table, source: str) -> None:
@@ -112,42 +181,64 @@ def _check_hub_rows(table: pa.Table, source: str) -> None:
 def read_squad_file(path: str, cache_dir: str | None = None) -> Dataset:
     """Examples of one file: columns id, title, context, question and, where the file has gold answers, answers.
 
-    Layouts: SQuAD's own (`{"data": [{"title", "paragraphs": [{"context", "qas": [...]}]}]}`), flat rows (`{"data":
-    [{"id", "context", "question", "answers"}]}`), a list of flat rows, and JSON lines of flat rows. `is_impossible`
-    (SQuAD 2.0) gives empty answers. The result is kept in `cache_dir` (default: the datasets cache) under the sha256 of
-    the file's bytes.
+    The file may be all that `qa.layouts.squad_rows` reads; there are the sizes, too, at which it stops. An answer
+    without an `answer_start` has NO_START there. The result is kept in `cache_dir` (default: the datasets cache) under
+    the sha256 of the file's bytes.
 
     Raises ValueError of one line that names the file and the place in it.
     """
     path = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            name = f"squad-{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}-v{READER_VERSION}.arrow"
+            cache_path = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files", name)
+            table = None if os.path.exists(cache_path) else _parse_squad(squad_rows(file, path), path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    name = f"squad-{hashlib.sha256(content).hexdigest()[:32]}-v{READER_VERSION}.arrow"
-    cache_path = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files", name)
-    if not os.path.exists(cache_path):
-        table = _parse_squad(content, path)
-        features = Features({name: EXAMPLE_FEATURES[name] for name in table.column_names})
-        write_arrow(cache_path, features, [table])
-    return Dataset.from_file(cache_path)
+    if table is not None:
+        write_arrow(cache_path, _stored_features(table), [table])
+    return _with_ids_noted(Dataset.from_file(cache_path), path)
 
 
-def _parse_squad(content: bytes, path: str) -> pa.Table:
+def _with_ids_noted(examples: Dataset, source: str) -> Dataset:
+    """The same examples, after a line that says how many of them have their place for an id."""
+    made = made_ids(examples)
+    if made:
+        logger.info(
+            "%s: %d of %d questions have no id: their place in it is taken for one, such as %s.",
+            source,
+            len(made),
+            len(examples),
+            made[0],
+        )
+    return examples
+
+
+def made_ids(examples: Dataset) -> list[str]:
+    """The ids that are places in a file: of questions that had none."""
+    ids = examples.with_format("arrow", columns=["id"])[:]["id"]
+    return ids.filter(pc.match_substring_regex(ids, f"^{PLACE}$")).to_pylist()
+
+
+def _parse_squad(squad: Iterable[tuple[Row, str]], path: str) -> pa.Table:
     rows: dict[str, list] = {name: [] for name in ("id", "title", "context", "question", "answers")}
     places: dict[str, str] = {}
-    for row, place in _squad_rows(_parse_json(content, path), path):
-        id_ = row[0]
+    contexts: dict[str, int] = {}  # each distinct one, and its number
+    for (id_, title, context, question, answers), place in squad:
         if id_ in places:
-            raise ValueError(f"{path}: {place}: id {_shown(id_)} is already the id of {places[id_]}")
+            raise ValueError(f"{path}: {place}: id {shown(id_)} is already the id of {places[id_]}")
         places[id_] = place
+        row = id_, title, contexts.setdefault(context, len(contexts)), question, answers
         for column, value in zip(rows.values(), row, strict=True):
             column.append(value)
     if not places:
         raise ValueError(f"{path}: holds no question")
     answers = rows.pop("answers")
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()})
+    columns = {name: pa.array(rows[name], pa.string()) for name in ("id", "title", "question")}
+    columns["context"] = pa.DictionaryArray.from_arrays(
+        pa.array(rows["context"], pa.int32()), pa.array(contexts, pa.large_string())
+    )
+    table = pa.table({name: columns[name] for name in rows})
     if all(answer is None for answer in answers):
         return table
     if any(answer is None for answer in answers):
@@ -165,166 +256,15 @@ def _parse_squad(content: bytes, path: str) -> pa.Table:
     return table.append_column("answers", struct)
 
 
-def _parse_json(content: bytes, path: str) -> Any:
-    """The file's JSON value, or an iterator over the values of its lines."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start}: not UTF-8 text") from error
-    if not text or text.isspace():
-        raise ValueError(f"{path}: is empty")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") == 0:
-            return _parse_json_lines(text, path)
-        raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
+def write_arrow(path: str, features: Features, tables: Iterable[pa.Table], notes: dict[str, str] | None = None) -> None:
+    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it.
 
-
-def _parse_json_lines(text: str, path: str) -> Iterator[Any]:
-    for number, line in enumerate(re.finditer(r"[^\n]*\n?", text), start=1):
-        if line[0] and not line[0].isspace():
-            try:
-                yield json.loads(line[0])
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
-            except (RecursionError, ValueError) as error:
-                raise ValueError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
-
-
-def _squad_rows(root: Any, path: str) -> Iterator[tuple[tuple, str]]:
-    """Yields ((id, title, context, question, answers), place): answers is a list of (text, start), or None."""
-    if isinstance(root, dict):
-        if "data" in root:
-            items, name = _typed(root["data"], list, "data", path), "data[{}]"
-        elif "context" in root:
-            items, name = [root], "row {}"
-        else:
-            raise ValueError(f'{path}: missing key "data": neither the layout of SQuAD nor flat rows')
-    else:
-        items, name = root if isinstance(root, Iterator) else _typed(root, list, "the file", path), "row {}"
-    for i, item in enumerate(items):
-        place = name.format(i)
-        _typed(item, dict, place, path)
-        title = "" if item.get("title") is None else _string(item, "title", place, path)
-        if "paragraphs" in item:
-            for j, paragraph in enumerate(_typed(item["paragraphs"], list, f"{place}.paragraphs", path)):
-                yield from _paragraph_rows(paragraph, title, f"{place}.paragraphs[{j}]", path)
-        elif "context" in item:
-            context = _string(item, "context", place, path)
-            yield _question_row(item, title, context, place, path), place
-        else:
-            raise ValueError(f'{path}: {place}: missing key "paragraphs" (layout of SQuAD) or "context" (flat rows)')
-
-
-def _paragraph_rows(paragraph: Any, title: str, place: str, path: str) -> Iterator[tuple[tuple, str]]:
-    _typed(paragraph, dict, place, path)
-    context = _string(paragraph, "context", place, path)
-    for k, question in enumerate(_typed(_required(paragraph, "qas", place, path), list, f"{place}.qas", path)):
-        question_place = f"{place}.qas[{k}]"
-        _typed(question, dict, question_place, path)
-        yield _question_row(question, title, context, question_place, path), question_place
-
-
-def _question_row(item: dict, title: str, context: str, place: str, path: str) -> tuple:
-    id_ = _required(item, "id", place, path)
-    id_ = str(id_) if type(id_) is int else _string(item, "id", place, path)
-    question = _string(item, "question", place, path)
-    if item.get("is_impossible") is not None and _typed(item["is_impossible"], bool, f"{place}.is_impossible", path):
-        answers = []
-    elif item.get("answers") is None:
-        answers = None
-    else:
-        answers = _answers(item["answers"], f"{place}.answers", path)
-    return id_, title, context, question, answers
-
-
-def _answers(value: Any, place: str, path: str) -> list[tuple[str, int]]:
-    """Either {"text": [...], "answer_start": [...]} or [{"text", "answer_start"}, ...]."""
-    if isinstance(value, dict):
-        texts = _typed(_required(value, "text", place, path), list, f"{place}.text", path)
-        starts = _typed(_required(value, "answer_start", place, path), list, f"{place}.answer_start", path)
-        if len(texts) != len(starts):
-            raise ValueError(f"{path}: {place}: {len(texts)} texts but {len(starts)} answer_starts")
-        value = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
-    answers = []
-    for i, answer in enumerate(_typed(value, list, place, path)):
-        answer_place = f"{place}[{i}]"
-        _typed(answer, dict, answer_place, path)
-        text = _string(answer, "text", answer_place, path)
-        start = _typed(_required(answer, "answer_start", answer_place, path), int, f"{answer_place}.answer_start", path)
-        if not -(2**31) <= start < 2**31:
-            raise ValueError(f"{path}: {answer_place}.answer_start: {_shown(start)} is outside every text")
-        answers.append((text, start))
-    return answers
-
-
-def _shown(value: Any) -> str:
-    """The beginning of a value for a message, however large or deep it is."""
-    text = reprlib.repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
-
-
-def _required(item: dict, key: str, place: str, path: str) -> Any:
-    if key not in item:
-        raise ValueError(f'{path}: {place}: missing key "{key}"')
-    return item[key]
-
-
-def _typed(value: Any, kind: type, place: str, path: str) -> Any:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{path}: {place}: must be {JSON_NAMES[kind]}, is {_shown(value)}")
-    return value
-
-
-def _string(item: dict, key: str, place: str, path: str) -> str:
-    value = _typed(_required(item, key, place, path), str, f"{place}.{key}", path)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{path}: {place}.{key}: character {error.start} is half of a surrogate pair") from error
-    return value
-
-
-def drop_misplaced_answers(examples: Dataset, source: str) -> Dataset:
-    """Training examples without those whose (first) answer is empty or does not stand at its answer_start.
-
-    Logs their count and first ids. Raises ValueError when `examples` has no answers or none remain.
+    `notes` stand in the metadata of its schema, where `arrow_notes` finds them.
     """
-    if "answers" not in examples.column_names:
-        raise ValueError(f'{source}: missing key "answers": without gold answers it cannot be trained on')
-    misplaced, misplaced_ids = [], []
-    for batch in examples.select_columns(["id", "context", "answers"]).with_format("arrow").iter(4096):
-        rows = zip(*(batch[name].to_pylist() for name in ("id", "context", "answers")), strict=True)
-        for id_, context, answers in rows:
-            wrong = False
-            if answers["text"]:
-                text, start = answers["text"][0], answers["answer_start"][0]
-                wrong = not text or start < 0 or not context.startswith(text, start)
-            misplaced.append(wrong)
-            if wrong:
-                misplaced_ids.append(id_)
-    if not misplaced_ids:
-        return examples
-    logger.warning(
-        f"{source}: {len(misplaced_ids)} of {len(examples)} questions are left out of training, because the answer's "
-        f"text does not stand at its answer_start; first ids: {', '.join(misplaced_ids[:5])}"
-    )
-    if len(misplaced_ids) == len(examples):
-        raise ValueError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
-    return examples.select(np.flatnonzero(~np.array(misplaced)))
-
-
-def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
-    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     beside = f"{path}.{uuid.uuid4().hex[:8]}.writing"
     schema = features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, **(notes or {})})
     try:
         with pa.OSFile(beside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for table in tables:
@@ -334,3 +274,9 @@ def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> No
         with contextlib.suppress(FileNotFoundError):
             os.remove(beside)
         raise
+
+
+def arrow_notes(path: str) -> dict[str, str]:
+    """The notes of a file that `write_arrow` has written."""
+    with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
+        return {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}

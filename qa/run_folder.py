@@ -7,6 +7,7 @@ any moment leaves either a whole checkpoint or one that is named and not loaded.
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"  # how far the run has come (training, trained or finished), and its settings
 QA_SETTINGS = "qa_settings.json"  # so that ask.py and report.py need not be told again
+REPAIRED_ANSWERS = "repaired_answers.json"  # the training answers that did not stand at their answer_start
 WHOLE_CHECKPOINT = "checkpoint_complete.json"  # written into a checkpoint when everything else of it stands there
 # The flags of transformers' own that make another run of it, so that a checkpoint of one is no start for the other.
 TRAINING_SETTINGS = """
@@ -45,7 +47,7 @@ def run_settings(model_args, data_args, training_args, position_embedding_type: 
         "training data": _hash_of(features["train"]) if "train" in features else None,
         "number of processes": training_args.world_size,
     }
-    settings |= {name: getattr(data_args, name) for name in (*WINDOW_SETTINGS, "pad_to_max_length")}
+    settings |= {name: getattr(data_args, name) for name in (*WINDOW_SETTINGS, "pad_to_max_length", "negative_windows")}
     settings |= {name: getattr(training_args, name) for name in TRAINING_SETTINGS}
     if training_args.metric_for_best_model is not None and "validation" in features:  # the score decides on the model
         settings["validation data"] = _hash_of(features["validation"])
@@ -54,14 +56,19 @@ def run_settings(model_args, data_args, training_args, position_embedding_type: 
 
 
 def _hash_of(features) -> str:
-    # The name of the features' file is a hash of all that they are made of.
-    return Path(features.cache_files[0]["filename"]).stem
+    # The name of the features' file begins with a hash of all that is trained on; what follows is how it is stored.
+    return re.match(r"cache-[a-z]+-features-[0-9a-f]+", Path(features.cache_files[0]["filename"]).name)[0]
 
 
-def write_qa_settings(folder: str, model_args, data_args) -> None:
+def write_qa_settings(training_args, model_args, data_args) -> None:
     """Writes the flags that answers depend on, and those that the evaluation's questions come from."""
-    names = (*WINDOW_SETTINGS, *ANSWER_SETTINGS, "dataset_name", "dataset_config_name", "validation_file")
-    settings = {name: getattr(data_args, name) for name in names}
+    folder = training_args.output_dir
+    names = [*WINDOW_SETTINGS, *ANSWER_SETTINGS, "dataset_name", "dataset_config_name", "validation_file"]
+    settings = {}
+    if data_args.validation_split_percentage is not None:  # they are a part of the training data, chosen by the seed
+        names += ["train_file", "validation_split_percentage"]
+        settings["seed"] = training_args.seed
+    settings |= {name: getattr(data_args, name) for name in names}
     settings["tokenizer_name"] = model_args.tokenizer_name or model_args.model_name_or_path
     settings["cache_dir"] = model_args.cache_dir
     os.makedirs(folder, exist_ok=True)
@@ -70,6 +77,7 @@ def write_qa_settings(folder: str, model_args, data_args) -> None:
 
 def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> None:
     """Raises ValueError that names what differs between the settings of the run in `folder` and those of this one."""
+    earlier = {"negative_windows": 1.0, **earlier}  # which earlier versions of this program did not have
     changed = [
         f"{name} is {settings.get(name)!r}, was {value!r}"
         for name, value in earlier.items()
@@ -115,7 +123,7 @@ def plan_training(training_args, settings: dict, restarted: bool) -> tuple[str, 
                 )
         return "training", named
     if state is None:
-        held = [name for name in ("config.json", "train_results.json") if (folder / name).exists()]
+        held = [name for name in ("config.json", "train_results.json", REPAIRED_ANSWERS) if (folder / name).exists()]
         held += sorted(path.name for path in folder.glob("checkpoint-*"))
         if held and not (named and _is_checkpoint_in(folder, named)):
             raise ValueError(
@@ -135,12 +143,18 @@ def plan_training(training_args, settings: dict, restarted: bool) -> tuple[str, 
     return "training", named if named and not restarted else newest or named
 
 
-def begin_run(training_args, settings: dict, checkpoint: str | None) -> None:
-    """Takes output_dir for this run, now that nothing can refuse it any more."""
+def begin_run(training_args, settings: dict, checkpoint: str | None, answer_changes: list[dict]) -> None:
+    """Takes output_dir for this run, now that nothing can refuse it any more, and lists its repaired answers there."""
     if checkpoint is None and training_args.overwrite_output_dir:
         for folder in _checkpoints(training_args.output_dir):
             remove_checkpoint(folder)
     write_run_state(training_args.output_dir, "training", settings)
+    file = os.path.join(training_args.output_dir, REPAIRED_ANSWERS)
+    if answer_changes:
+        write_json(file, answer_changes)
+        logger.info("%d answers that were repaired or left out are listed in %s.", len(answer_changes), file)
+    elif os.path.exists(file):  # that of a run which --overwrite_output_dir has given up
+        os.remove(file)
 
 
 def write_run_state(output_dir: str, status: str, settings: dict) -> None:

@@ -7,8 +7,11 @@ sliced with NumPy from flat token arrays, and the result is cached as Arrow on d
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -22,14 +25,20 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from qa.read_squad import write_arrow
+from qa.read_squad import arrow_notes, write_arrow
+from utils_qa import Texts, distinct_texts
 
 logger = logging.getLogger(__name__)
 
-FEATURES_VERSION = 2  # part of every cache file's name: raise it when other features are made of the same questions
+FEATURES_VERSION = 3  # part of every cache file's name: raise it when other features are made of the same questions
 
-TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer
-WINDOWS_PER_BATCH = 8192  # windows sliced at once; bounds the memory of the index arrays
+TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer,
+BYTES_PER_BATCH = 2**19  # and of how many bytes together, unless it is one text: bounds the memory of what it returns
+BATCHES_AT_ONCE = 32  # of them, one of which is encoded while another is converted
+CHARACTERS_PER_PIECE = 2**18  # of a text that is longer, the tokenizer sees pieces
+PIECE_OVERLAP = 2**13  # characters before and after a piece that its tokens may depend on
+LIMITS = "limits"  # the note in a file of features that `data_limits` reads
+WINDOWS_PER_BATCH = 2000  # windows sliced at once; bounds the memory of the index arrays
 
 
 @dataclass(frozen=True)
@@ -98,13 +107,6 @@ def make_features(
     return _cached_features(examples, tokenizer, windows, False, num_proc, overwrite_cache, desc)
 
 
-class Texts(NamedTuple):
-    """A column of texts: the distinct ones, and for each row which of them it holds."""
-
-    distinct: pa.Array  # (num_distinct,) string
-    row: np.ndarray  # (num_rows,) int32
-
-
 class Tokens(NamedTuple):
     """Tokens of many texts, end to end: text t has the entries from offsets[t] to offsets[t + 1]."""
 
@@ -112,6 +114,15 @@ class Tokens(NamedTuple):
     ids: np.ndarray  # (num_tokens,) int32
     char_starts: np.ndarray  # (num_tokens,) int32
     char_ends: np.ndarray  # (num_tokens,) int32, exclusive
+
+
+class Spans(NamedTuple):
+    """Characters of gold answers; all (num_answers,) int64, by example."""
+
+    example: np.ndarray  # row of the example
+    context: np.ndarray  # which of the distinct contexts
+    start: np.ndarray
+    end: np.ndarray  # exclusive
 
 
 class PairTemplate(NamedTuple):
@@ -140,61 +151,69 @@ def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite
     check_tokenizer(tokenizer)
     if len(examples) == 0:
         raise ValueError("there is no question to make features of")
-    columns = ["context", "question", "answers"] if labelled else ["context", "question"]
-    table = examples.select_columns(columns).with_format("arrow")[:]
-    contexts = _distinct(table["context"])
-    # Whitespace before a question takes room from the context and says nothing.
-    questions = _distinct(pc.utf8_ltrim_whitespace(table["question"]))
-    answer_spans = _first_answer_spans(table["answers"]) if labelled else None
+    contexts, questions = distinct_texts(examples, "context"), _stripped(distinct_texts(examples, "question"))
+    answers = _answer_spans(examples, contexts.row, labelled)
 
-    fingerprint = _fingerprint(contexts, questions, answer_spans, tokenizer, windows)
+    name = f"cache-{'train' if labelled else 'eval'}-features-"
+    name += _fingerprint(contexts, questions, answers if labelled else None, tokenizer, windows)
+    name += f"-v{FEATURES_VERSION}"
+    if not labelled and answers is not None:  # their limits stand in the file too
+        name += f"-{hashlib.sha256(b''.join(map(memoryview, answers))).hexdigest()[:16]}"
     files = examples.cache_files
     directory = os.path.dirname(files[0]["filename"]) if files else datasets.config.HF_DATASETS_CACHE
-    path = os.path.join(directory, f"cache-{'train' if labelled else 'eval'}-features-{fingerprint}.arrow")
+    path = os.path.join(directory, f"{name}.arrow")
     if overwrite_cache or not os.path.exists(path):
         backend = _plain_backend(tokenizer)
         context_tokens = _tokenize_contexts(contexts.distinct, backend, num_proc, f"{desc} (contexts)")
         question_tokens = _tokenize_questions(questions.distinct, backend, num_proc, f"{desc} (questions)")
-        features, tables = _window_tables(
-            contexts.row, context_tokens, questions.row, question_tokens, answer_spans, tokenizer, windows
+        features, tables, limits = _window_tables(
+            contexts.row, context_tokens, questions.row, question_tokens, answers, labelled, tokenizer, windows
         )
-        write_arrow(path, features, tables)
+        write_arrow(path, features, tables, {LIMITS: json.dumps(limits)})
     return Dataset.from_file(path)
 
 
-def _distinct(column: pa.ChunkedArray) -> Texts:
-    chunks = column.dictionary_encode().chunks  # Arrow gives all chunks the dictionary of the whole column
-    return Texts(chunks[0].dictionary, np.concatenate([chunk.indices.to_numpy() for chunk in chunks]))
+def _stripped(questions: Texts) -> Texts:
+    """Without the whitespace before them, which takes room from the context and says nothing."""
+    stripped = pc.utf8_ltrim_whitespace(questions.distinct).dictionary_encode()
+    return Texts(stripped.dictionary, stripped.indices.to_numpy()[questions.row])
 
 
-def _first_answer_spans(answers: pa.ChunkedArray) -> np.ndarray:
-    """(num_examples, 2) int64: characters of the first answer, end exclusive; -1, -1 where there is none."""
-    answers = answers.combine_chunks()
+def _answer_spans(examples: Dataset, context_row: np.ndarray, first_only: bool) -> Spans | None:
+    """Where the gold answers stand, or the first of each question; None where there is no column of them."""
+    if "answers" not in examples.column_names:
+        return None
+    answers = examples.with_format("arrow", columns=["answers"])[:]["answers"].combine_chunks()
     texts, starts = answers.field("text"), answers.field("answer_start")
-    has_answer = pc.list_value_length(texts).to_numpy() > 0
-    first_text = texts.offsets.to_numpy()[:-1][has_answer]
-    first_start = starts.offsets.to_numpy()[:-1][has_answer]
-    spans = np.full((len(answers), 2), -1, np.int64)
-    spans[has_answer, 0] = starts.values.to_numpy()[first_start]
-    spans[has_answer, 1] = spans[has_answer, 0] + pc.utf8_length(texts.values).to_numpy()[first_text]
-    return spans
+    counts = pc.list_value_length(texts).to_numpy().astype(np.int64)
+    if first_only:
+        counts = np.minimum(counts, 1)
+    example = np.repeat(np.arange(len(counts)), counts)
+    here = _ranges(texts.offsets.to_numpy()[:-1].astype(np.int64), counts)
+    first = starts.values.to_numpy()[_ranges(starts.offsets.to_numpy()[:-1].astype(np.int64), counts)].astype(np.int64)
+    length = pc.utf8_length(texts.values).to_numpy()[here]
+    return Spans(example, context_row[example].astype(np.int64), first, first + length)
 
 
-def _fingerprint(contexts: Texts, questions: Texts, answer_spans, tokenizer, windows: WindowSettings) -> str:
-    """Hash of all that decides the features, however `examples` came to be.
+def _fingerprint(contexts: Texts, questions: Texts, labels: Spans | None, tokenizer, windows: WindowSettings) -> str:
+    """Hash of all that decides what is trained on or answered, however `examples` came to be.
 
-    The tokenizer counts by what it is, not by its pickle, which changes with every other use of it.
+    It stands in each checkpoint, so that it must stay what it is from one version of this program to the next. The
+    tokenizer counts by what it is, not by its pickle, which changes with every other use of it.
     """
     digest = hashlib.sha256()
     for texts in (contexts, questions):
-        digest.update(pc.binary_length(texts.distinct).to_numpy())
+        digest.update(pc.binary_length(texts.distinct).to_numpy().astype(np.int32))
         digest.update(_utf8_bytes(texts.distinct))
         digest.update(texts.row)
-    digest.update(b"" if answer_spans is None else answer_spans)
+    if labels is not None:
+        spans = np.full((len(contexts.row), 2), -1, np.int64)  # of each question, -1 where it has no answer
+        spans[labels.example] = np.stack([labels.start, labels.end], axis=1)
+        digest.update(spans)
     settings = [
-        FEATURES_VERSION,
+        2,
         tokenizers.__version__,
-        answer_spans is not None,
+        labels is not None,
         dataclasses.astuple(windows),
         tokenizer.model_input_names,
         tokenizer.split_special_tokens,
@@ -204,10 +223,10 @@ def _fingerprint(contexts: Texts, questions: Texts, answer_spans, tokenizer, win
     return digest.hexdigest()[:32]
 
 
-def _utf8_bytes(texts: pa.Array):
+def _utf8_bytes(texts: pa.LargeStringArray):
     """The texts' UTF-8 bytes, end to end, without a copy."""
     _, offsets, values = texts.buffers()
-    offsets = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    offsets = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     return b"" if values is None else values.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
 
 
@@ -221,6 +240,55 @@ def _plain_backend(tokenizer) -> tokenizers.Tokenizer:
 
 
 def _tokenize_contexts(texts: pa.Array, backend: tokenizers.Tokenizer, num_proc: int | None, desc: str) -> Tokens:
+    num_pieces = -(-(pc.utf8_length(texts).to_numpy() - PIECE_OVERLAP) // CHARACTERS_PER_PIECE)
+    num_pieces = np.maximum(num_pieces, 1).astype(np.int64)  # (num_texts,)
+    if num_pieces.max() == 1:
+        return _context_tokens_of(texts, backend, num_proc, desc)
+    pieces = [texts.slice(i, 1) if n == 1 else _pieces(texts[i].as_py(), n) for i, n in enumerate(num_pieces.tolist())]
+    tokens = _context_tokens_of(pa.concat_arrays(pieces), backend, num_proc, desc)
+    return _join_pieces(tokens, num_pieces, texts, backend)
+
+
+def _pieces(text: str, num_pieces: int) -> pa.LargeStringArray:
+    firsts = (k * CHARACTERS_PER_PIECE for k in range(num_pieces))
+    ends = PIECE_OVERLAP, CHARACTERS_PER_PIECE + PIECE_OVERLAP
+    return pa.array([text[max(first - ends[0], 0) : first + ends[1]] for first in firsts], pa.large_string())
+
+
+def _join_pieces(tokens: Tokens, num_pieces: np.ndarray, texts: pa.Array, backend: tokenizers.Tokenizer) -> Tokens:
+    """The tokens of whole texts, from those of their pieces.
+
+    Tokens depend on what stands near them: on their word, for most tokenizers. So two pieces are joined where they have
+    the same tokens all around the place where they meet; a text whose pieces do not agree (one word without an end) is
+    tokenized as a whole.
+    """
+    offsets, columns = [0], []
+    for i, (first, num) in enumerate(zip(np.cumsum(num_pieces) - num_pieces, num_pieces, strict=True)):
+        pieces = [_shifted(tokens, first + k, max(k * CHARACTERS_PER_PIECE - PIECE_OVERLAP, 0)) for k in range(num)]
+        for k in range(1, num):
+            joint = k * CHARACTERS_PER_PIECE
+            around = joint - PIECE_OVERLAP // 2, joint + PIECE_OVERLAP // 2
+            left, right = (
+                piece[:, (piece[1] >= around[0]) & (piece[2] <= around[1])] for piece in (pieces[k - 1], pieces[k])
+            )
+            if not left.size or not np.array_equal(left, right):
+                whole = _context_tokens({"texts": [[texts[i].as_py()]]}, backend)
+                pieces = [np.stack([whole[name].combine_chunks().values.to_numpy() for name in whole.column_names])]
+                break
+            pieces[k - 1] = pieces[k - 1][:, pieces[k - 1][1] < joint]
+            pieces[k] = pieces[k][:, pieces[k][1] >= joint]
+        columns += pieces
+        offsets.append(offsets[-1] + sum(piece.shape[1] for piece in pieces))
+    return Tokens(np.array(offsets), *np.concatenate(columns, axis=1))
+
+
+def _shifted(tokens: Tokens, text: int, characters: int) -> np.ndarray:
+    """(3, num_tokens) int32: ids, char_starts and char_ends of one text, so many characters further on."""
+    here = slice(tokens.offsets[text], tokens.offsets[text + 1])
+    return np.stack([tokens.ids[here], tokens.char_starts[here] + characters, tokens.char_ends[here] + characters])
+
+
+def _context_tokens_of(texts: pa.Array, backend: tokenizers.Tokenizer, num_proc: int | None, desc: str) -> Tokens:
     ids, char_starts, char_ends = _map_texts(_context_tokens, texts, backend, num_proc, desc)
     offsets = ids.offsets.to_numpy().astype(np.int64)
     return Tokens(offsets, ids.values.to_numpy(), char_starts.values.to_numpy(), char_ends.values.to_numpy())
@@ -234,36 +302,62 @@ def _tokenize_questions(texts: pa.Array, backend: tokenizers.Tokenizer, num_proc
 
 def _map_texts(function, texts: pa.Array, backend, num_proc: int | None, desc: str) -> list[pa.ListArray]:
     """The columns that `function` makes of the texts, batch by batch in `num_proc` processes."""
-    tokenized = Dataset(pa.table({"text": texts})).map(
+    batches = pa.ListArray.from_arrays(_batch_offsets(pc.binary_length(texts).to_numpy()), texts)
+    tokenized = Dataset(pa.table({"texts": batches})).map(
         functools.partial(function, backend=backend),
         batched=True,
-        batch_size=TEXTS_PER_BATCH,
+        batch_size=BATCHES_AT_ONCE,
         num_proc=num_proc if num_proc and num_proc > 1 else None,
-        remove_columns=["text"],
+        remove_columns=["texts"],
         new_fingerprint="tokens",  # kept in memory only, so nobody looks for it; saves hashing texts and tokenizer
         desc=desc,
     )
     return [column.combine_chunks() for column in tokenized.data.columns]
 
 
+def _batch_offsets(lengths: np.ndarray) -> np.ndarray:
+    """(num_batches + 1,) int32: where each batch of texts starts and ends. lengths: bytes of each text."""
+    offsets, size = [0], 0
+    for i, length in enumerate(lengths.tolist()):
+        if i > offsets[-1] and (size + length > BYTES_PER_BATCH or i - offsets[-1] >= TEXTS_PER_BATCH):
+            offsets.append(i)
+            size = 0
+        size += length
+    return np.array([*offsets, len(lengths)], np.int32)
+
+
 # The backend itself tokenizes, because the tokenizer's own call builds Python lists of everything before it returns.
 
 
-def _context_tokens(batch: dict[str, list[str]], backend: tokenizers.Tokenizer) -> pa.Table:
-    encodings = backend.encode_batch(batch["text"], add_special_tokens=False)
-    offsets = _offsets([len(encoding) for encoding in encodings])
-    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
-    pairs = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
-    spans = np.fromiter(pairs, np.int32, 2 * offsets[-1]).reshape(-1, 2).T.copy()
-    columns = {"input_ids": ids, "char_starts": spans[0], "char_ends": spans[1]}
-    return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+def _context_tokens(rows: dict[str, list[list[str]]], backend: tokenizers.Tokenizer) -> pa.Table:
+    tables = []
+    for encodings in _encode(backend.encode_batch, rows["texts"]):
+        offsets = _offsets([len(encoding) for encoding in encodings])
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
+        pairs = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
+        spans = np.fromiter(pairs, np.int32, 2 * offsets[-1]).reshape(-1, 2).T.copy()
+        columns = {"input_ids": ids, "char_starts": spans[0], "char_ends": spans[1]}
+        tables.append(pa.table({name: pa.ListArray.from_arrays(offsets, column) for name, column in columns.items()}))
+    return pa.concat_tables(tables)
 
 
-def _question_tokens(batch: dict[str, list[str]], backend: tokenizers.Tokenizer) -> pa.Table:
-    encodings = backend.encode_batch_fast(batch["text"], add_special_tokens=False)  # without character offsets
-    offsets = _offsets([len(encoding) for encoding in encodings])
-    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
-    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, ids)})
+def _question_tokens(rows: dict[str, list[list[str]]], backend: tokenizers.Tokenizer) -> pa.Table:
+    tables = []
+    for encodings in _encode(backend.encode_batch_fast, rows["texts"]):  # without character offsets
+        offsets = _offsets([len(encoding) for encoding in encodings])
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, offsets[-1])
+        tables.append(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, ids)}))
+    return pa.concat_tables(tables)
+
+
+def _encode(encode, batches: list[list[str]]) -> Iterator[list[tokenizers.Encoding]]:
+    """The encodings of each batch. The next batch is being encoded, without Python's lock, while one is worked on."""
+    with ThreadPoolExecutor(1) as executor:
+        following = executor.submit(encode, batches[0], add_special_tokens=False)
+        for batch in batches[1:]:
+            encodings, following = following.result(), executor.submit(encode, batch, add_special_tokens=False)
+            yield encodings
+        yield following.result()
 
 
 def _offsets(lengths) -> np.ndarray:
@@ -304,9 +398,9 @@ def _place_windows(context_lengths, question_lengths, num_special: int, settings
 
 
 def _window_tables(
-    context_row, context_tokens: Tokens, question_row, question_tokens: Tokens, answer_spans, tokenizer, settings
+    context_row, context_tokens: Tokens, question_row, question_tokens: Tokens, answers, labelled, tokenizer, settings
 ):
-    """(features, tables): the schema of the windows, and a generator of tables that together hold them all."""
+    """(features, tables, limits): the windows' schema, a generator of tables that together hold them, `_limits`."""
     template = _pair_template(tokenizer)
     before, between, after = len(template.before), len(template.between), len(template.after)
     windows = _place_windows(
@@ -317,14 +411,21 @@ def _window_tables(
     )
     context_start = before + windows.question_length + between
     columns = {"length": context_start + windows.length + after, "example_index": windows.example}
-    if answer_spans is None:
-        columns["context_start"] = context_start
+    first, last = (None, None) if answers is None else _answer_tokens(answers, context_tokens)
+    if labelled:
+        if missed := np.count_nonzero((answers.start >= 0) & (first < 0)):
+            logger.warning(f"{missed} answers are made of characters that the tokenizer drops: trained on as no answer")
+        spans = np.full((2, len(context_row)), -1)
+        spans[:, answers.example] = first, last
+        first_here, last_here = spans[:, windows.example] - windows.start
+        inside = (spans[0, windows.example] >= 0) & (first_here >= 0) & (last_here < windows.length)
+        columns["start_positions"] = np.where(inside, context_start + first_here, 0)
+        columns["end_positions"] = np.where(inside, context_start + last_here, 0)
     else:
-        first, last = _answer_tokens(answer_spans, context_row, context_tokens)
-        first, last = first[windows.example] - windows.start, last[windows.example] - windows.start
-        inside = (first >= 0) & (last < windows.length)
-        columns["start_positions"] = np.where(inside, context_start + first, 0)
-        columns["end_positions"] = np.where(inside, context_start + last, 0)
+        columns["context_start"] = context_start
+    limits = _limits(
+        windows, context_row, np.diff(question_tokens.offsets)[question_row], answers, first, last, settings
+    )
 
     # All tokens that a window can hold, end to end; each window is five ranges of them.
     pool = np.concatenate([template.before, template.between, template.after, question_tokens.ids, context_tokens.ids])
@@ -336,35 +437,34 @@ def _window_tables(
     first_context_token = context_tokens.offsets[context_row][windows.example] + windows.start
     questions_in_pool = before + between + after
     contexts_in_pool = questions_in_pool + len(question_tokens.ids)
-    starts = _columns(
-        0, questions_in_pool + first_question_token, before, contexts_in_pool + first_context_token, before + between
-    )
-    lengths = _columns(before, windows.question_length, between, windows.length, after)  # (num_windows, 5), as starts
 
     with_types = "token_type_ids" in tokenizer.model_input_names
     features = {"input_ids": List(Value("int32"))}
     if with_types:
         features["token_type_ids"] = List(Value("int8"))
     features |= {name: Value("int32") for name in columns}
-    if answer_spans is None:
+    if not labelled:
         features |= {"char_starts": List(Value("int32")), "char_ends": List(Value("int32"))}
 
     def tables():
         for low in range(0, len(windows.example), WINDOWS_PER_BATCH):
             batch = slice(low, low + WINDOWS_PER_BATCH)
             table = {name: pa.array(values[batch], pa.int32()) for name, values in columns.items()}
-            tokens, offsets = _ranges(starts[batch].ravel(), lengths[batch].ravel()), _offsets(table["length"])
+            question, context = first_question_token[batch], first_context_token[batch]
+            starts = _columns(0, questions_in_pool + question, before, contexts_in_pool + context, before + between)
+            lengths = _columns(before, windows.question_length[batch], between, windows.length[batch], after)
+            tokens, offsets = _ranges(starts.ravel(), lengths.ravel()), _offsets(table["length"])
             table["input_ids"] = pa.ListArray.from_arrays(offsets, pool[tokens])
             if with_types:
                 table["token_type_ids"] = pa.ListArray.from_arrays(offsets, pool_types[tokens])
-            if answer_spans is None:
+            if not labelled:
                 length = windows.length[batch]
-                tokens, offsets = _ranges(first_context_token[batch], length), _offsets(length)
+                tokens, offsets = _ranges(context, length), _offsets(length)
                 table["char_starts"] = pa.ListArray.from_arrays(offsets, context_tokens.char_starts[tokens])
                 table["char_ends"] = pa.ListArray.from_arrays(offsets, context_tokens.char_ends[tokens])
             yield pa.table({name: table[name] for name in features})
 
-    return Features(features), tables()
+    return Features(features), tables(), limits
 
 
 def _columns(*columns: int | np.ndarray) -> np.ndarray:
@@ -377,25 +477,115 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def _answer_tokens(answer_spans: np.ndarray, context_row: np.ndarray, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """(first, last), both (num_examples,): the context tokens that the answer's characters touch, or -1, -1.
+def _answer_tokens(answers: Spans, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """(first, last), both (num_answers,): the context tokens that the answer's characters touch, or -1, -1.
 
     Where several tokens share a character (byte-level BPE) all of them belong to the answer. Characters of the answer
     that are in no token (whitespace, controls) are passed over; an answer of such characters only has no token.
     """
     # One sorted array for all contexts: the character offsets of context c lie in [c * width, (c + 1) * width).
-    width = int(max(tokens.char_ends.max(initial=0), answer_spans.max(initial=0))) + 1
+    width = int(max(tokens.char_ends.max(initial=0), answers.end.max(initial=0))) + 1
     base = np.repeat(np.arange(len(tokens.offsets) - 1) * width, np.diff(tokens.offsets))
-    spans = answer_spans + context_row[:, None].astype(np.int64) * width
     holding = np.flatnonzero(tokens.char_starts < tokens.char_ends)  # byte-level BPE's token for a space holds nothing
-    first = np.searchsorted((base + tokens.char_ends)[holding], spans[:, 0], side="right")
-    last = np.searchsorted((base + tokens.char_starts)[holding], spans[:, 1], side="left") - 1
-    touched = (answer_spans[:, 0] >= 0) & (first <= last)
-    if missed := np.count_nonzero((answer_spans[:, 0] >= 0) & ~touched):
-        logger.warning(f"{missed} answers are made of characters that the tokenizer drops: trained on as no answer")
-    begin = tokens.offsets[context_row]
+    first = np.searchsorted((base + tokens.char_ends)[holding], answers.start + answers.context * width, side="right")
+    last = np.searchsorted((base + tokens.char_starts)[holding], answers.end + answers.context * width) - 1
+    touched = (answers.start >= 0) & (answers.start < answers.end) & (first <= last)
+    begin = tokens.offsets[answers.context]
     holding = np.append(holding, 0)  # what lies outside is not touched, but indexed all the same
     return np.where(touched, holding[first] - begin, -1), np.where(touched, holding[last] - begin, -1)
+
+
+# ---- What the data cannot give ----
+
+
+def _limits(windows: Windows, context_row, question_lengths, answers: Spans | None, first, last, settings) -> dict:
+    """What is counted once, for `data_limits`, which knows the other flags.
+
+    A question's answer is as long as its shortest gold answer, and is held if one of them lies wholly in a window.
+    first, last: (num_answers,) context tokens of each gold answer, -1 where it has none.
+    """
+    num_windows = np.bincount(windows.example)
+    limits = {
+        "questions": len(context_row),
+        "cut_questions": int(np.count_nonzero(question_lengths > settings.max_query_length)),
+        "contexts": len(np.unique(context_row)),
+        "long_contexts": len(np.unique(context_row[num_windows > 1])),
+        "not_held": 0,
+        "answer_lengths": {},
+    }
+    if answers is None:
+        return limits
+    given = first >= 0
+    example, first, last = answers.example[given], first[given], last[given]
+    # Of the windows that begin before the answer does, the latest reaches furthest.
+    latest = np.minimum(first // settings.doc_stride, num_windows[example] - 1)
+    latest += (np.cumsum(num_windows) - num_windows)[example]
+    held = last < windows.start[latest] + windows.length[latest]
+    answered, begin = np.unique(example, return_index=True)
+    if len(answered):
+        lengths, counts = np.unique(np.minimum.reduceat(last - first + 1, begin), return_counts=True)
+        limits["not_held"] = int(np.count_nonzero(~np.logical_or.reduceat(held, begin)))
+        limits["answer_lengths"] = dict(zip(lengths.tolist(), counts.tolist(), strict=True))
+    return limits
+
+
+def count_limits(features: Dataset, max_answer_length: int) -> dict[str, tuple[int, int]]:
+    """What a model cannot get from these features, or not give, each as (how many, of how many).
+
+    too_long: answers of more than `max_answer_length` tokens; not_held: answers that lie in no window as a whole;
+    long_contexts: those of more than one window; cut_questions: those longer than the features' `max_query_length`.
+    features: of `make_train_features` or `make_features`, or a selection of their windows.
+    """
+    limits = json.loads(arrow_notes(features.cache_files[0]["filename"])[LIMITS])
+    lengths = {int(length): count for length, count in limits["answer_lengths"].items()}
+    answers = sum(lengths.values())
+    return {
+        "too_long": (sum(count for length, count in lengths.items() if length > max_answer_length), answers),
+        "not_held": (limits["not_held"], answers),
+        "long_contexts": (limits["long_contexts"], limits["contexts"]),
+        "cut_questions": (limits["cut_questions"], limits["questions"]),
+    }
+
+
+def data_limits(features: Dataset, max_answer_length: int, max_query_length: int) -> list[str]:
+    """A line on each thing that `count_limits` has counted, with count and share.
+
+    features: as there, made with this `max_query_length`.
+    """
+    lines = {
+        "too_long": f"answers are longer than --max_answer_length {max_answer_length} and can never be given",
+        "not_held": "answers lie in no window as a whole and can never be given",
+        "long_contexts": "contexts are longer than one window",
+        "cut_questions": f"questions are cut at --max_query_length {max_query_length}",
+    }
+    counts = count_limits(features, max_answer_length)
+    return [
+        f"{counts[name][0]} of {counts[name][1]} ({counts[name][0] / counts[name][1]:.1%}) {line}"
+        for name, line in lines.items()
+        if counts[name][0]
+    ]
+
+
+def keep_negative_windows(features: Dataset, share: float, seed: int) -> Dataset:
+    """Training features with all windows that hold an answer and `share` of the others, in their order.
+
+    Which ones is drawn by the seed alone. Raises ValueError where none is left.
+    """
+    starts = features.with_format("arrow", columns=["start_positions"])[:]["start_positions"].to_numpy()
+    positive, negative = np.flatnonzero(starts > 0), np.flatnonzero(starts == 0)
+    kept = np.random.default_rng(seed).permutation(negative)[: round(share * len(negative))]
+    if len(positive) + len(kept) == 0:
+        raise ValueError(f"--negative_windows {share} leaves nothing to train on: no window holds an answer; raise it")
+    if share == 1:
+        return features
+    logger.info(
+        f"Training windows: {len(positive)} hold an answer; of the {len(negative)} others {len(kept)} are trained on "
+        f"(--negative_windows {share})."
+    )
+    return features.select(np.sort(np.concatenate([positive, kept])))
+
+
+# ---- Batches ----
 
 
 @dataclass

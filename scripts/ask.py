@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,11 +31,11 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  
 
 from qa import hub  # noqa: E402
 from qa.legacy_flags import OneLineParser  # noqa: E402
-from qa.load_model import check_length, load_config, load_model, load_tokenizer  # noqa: E402
+from qa.load_model import check_length, grow_positions, load_config, load_model, load_tokenizer  # noqa: E402
 from qa.processes import set_up_logging  # noqa: E402
 from qa.run_folder import QA_SETTINGS  # noqa: E402
 from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
-from utils_qa import postprocess_qa_predictions  # noqa: E402
+from utils_qa import AnswerSearch, AnswerSettings, QAPredictions  # noqa: E402
 
 logger = logging.getLogger("run_squad")
 
@@ -56,14 +55,11 @@ eval_nbest_predictions.json: a span that several windows see stands there once f
 """
 
 
-class AnswerSettings(NamedTuple):
+class Settings(NamedTuple):
     """By default as run_squad.py has them."""
 
     windows: WindowSettings = WindowSettings()
-    n_best_size: int = 20
-    max_answer_length: int = 30
-    version_2_with_negative: bool = False
-    null_score_diff_threshold: float = 0.0
+    answers: AnswerSettings = AnswerSettings()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +85,8 @@ def ask(args: argparse.Namespace) -> None:
         check_question(args.question, "--question")
     context = read_context(args.context_file)
     model, tokenizer = load(args.model_dir)
-    settings = answer_settings(args)
+    settings = make_settings(args)
+    grow_positions(model, tokenizer, settings.windows.max_seq_length)
     check_length(settings.windows.max_seq_length, model, tokenizer)
 
     questions = [args.question] if args.question is not None else read_questions(args.context_file is None)
@@ -232,7 +229,7 @@ def settings_of(model_dir: str) -> dict:
     return values
 
 
-def answer_settings(args: argparse.Namespace) -> AnswerSettings:
+def make_settings(args: argparse.Namespace) -> Settings:
     """Flags before what run_squad.py has left with the model, before its defaults."""
     values = settings_of(args.model_dir)
 
@@ -243,31 +240,22 @@ def answer_settings(args: argparse.Namespace) -> AnswerSettings:
             for name, default in defaults.items()
         }
 
-    windows, *answers = AnswerSettings()
-    answers = chosen(dict(zip(AnswerSettings._fields[1:], answers, strict=True)))
+    windows, answers = (chosen(dataclasses.asdict(defaults)) for defaults in Settings())
     for name in ("n_best_size", "max_answer_length"):
         if answers[name] < 1:
             raise ValueError(f"--{name} is {answers[name]}, must be at least 1")
-    return AnswerSettings(WindowSettings(**chosen(dataclasses.asdict(windows))), **answers)
+    return Settings(WindowSettings(**windows), AnswerSettings(**answers))
 
 
 # ---- Answers ----
 
 
-def answer_question(model, tokenizer, context: str, question: str, settings: AnswerSettings) -> dict:
+def answer_question(model, tokenizer, context: str, question: str, settings: Settings) -> dict:
     """{answer, probability, start, end, n_best}; see EPILOG."""
     examples = datasets.Dataset.from_dict({"id": ["question"], "context": [context], "question": [question]})
     with temporary_cache():
         features = make_features(examples, tokenizer, settings.windows)
-        predictions = postprocess_qa_predictions(
-            examples,
-            features,
-            compute_logits(model, tokenizer, features),
-            version_2_with_negative=settings.version_2_with_negative,
-            n_best_size=settings.n_best_size,
-            max_answer_length=settings.max_answer_length,
-            null_score_diff_threshold=settings.null_score_diff_threshold,
-        )
+        predictions = find_answers(model, tokenizer, examples, features, settings.answers)
     text, n_best = predictions.answers["question"], predictions.n_best["question"]
     best = next(candidate for candidate in n_best if candidate["text"] == text)
     span = best["start"], best["end"]
@@ -288,18 +276,17 @@ def temporary_cache():
 
 
 @torch.inference_mode()
-def compute_logits(model, tokenizer, features) -> tuple[np.ndarray, np.ndarray]:
-    """(start logits, end logits), each float32 of shape (windows, tokens of the longest window)."""
+def find_answers(model, tokenizer, examples, features, settings: AnswerSettings) -> QAPredictions:
     collate = QADataCollator(tokenizer)
-    shape = len(features), max(features["length"])
-    start_logits, end_logits = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    search = AnswerSearch(examples, features, settings, model.device)
     features = features.select_columns([n for n in ("input_ids", "token_type_ids") if n in features.column_names])
     for first in range(0, len(features), WINDOWS_PER_BATCH):
-        rows = [features[i] for i in range(first, min(first + WINDOWS_PER_BATCH, len(features)))]
-        output = model(**{name: tensor.to(model.device) for name, tensor in collate(rows).items()})
-        for logits, batch in ((start_logits, output.start_logits), (end_logits, output.end_logits)):
-            logits[first : first + len(rows), : batch.shape[1]] = batch.float().cpu().numpy()
-    return start_logits, end_logits
+        window = range(first, min(first + WINDOWS_PER_BATCH, len(features)))
+        batch = collate([features[i] for i in window])
+        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        window = torch.tensor(window, device=model.device)
+        search.keep(search.find(window, output.start_logits, output.end_logits))
+    return search.predictions()
 
 
 # ---- Display ----

@@ -1,11 +1,13 @@
 """What this project costs, beside what it replaces. Each subcommand prints a table and can write its rows as JSON.
 
-python scripts/benchmark.py attention [--sizes base large] [--lengths 160x10 384x4 512x4] [--repeats 8] [--json FILE]
+python scripts/benchmark.py attention [--sizes toy base large] [--lengths 384x4 ...] [--repeats 8] [--json FILE]
 python scripts/benchmark.py data [--questions 87599] [--repeats 3] [--json FILE]
 python scripts/benchmark.py training [--size base] [--questions 20000] [--batches 8] [--repeats 3] [--json FILE]
+python scripts/benchmark.py scale [--contracts 1 4 16] [--json FILE]
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -17,6 +19,7 @@ import statistics
 import string
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +35,7 @@ def main() -> None:
     add_attention_command(commands)
     add_data_command(commands)
     add_training_command(commands)
+    add_scale_command(commands)
     args = parser.parse_args()
     rows = args.run(args)
     if args.json:
@@ -47,13 +51,21 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 # Relative against absolute positions, one BERT layer
 
 
+# size -> (hidden size, heads, intermediate size), and lengths x batch sizes; toy is what the quickstart trains
+ATTENTION_SHAPES = {
+    "toy": ((128, 8, 256), ["28x32"]),
+    "base": ((768, 12, 3072), ["48x32", "160x10", "384x4", "512x4"]),
+    "large": ((1024, 16, 4096), ["160x10", "384x4", "512x4"]),
+}
+
+
 def add_attention_command(commands) -> None:
     parser = commands.add_parser(
         "attention",
         help="one BERT layer with relative positions: ours, the plain formula, absolute positions under sdpa",
     )
-    parser.add_argument("--sizes", nargs="+", choices=("base", "large"), default=["base", "large"])
-    parser.add_argument("--lengths", nargs="+", default=["160x10", "384x4", "512x4"], help="length x batch size")
+    parser.add_argument("--sizes", nargs="+", choices=ATTENTION_SHAPES, default=list(ATTENTION_SHAPES))
+    parser.add_argument("--lengths", nargs="+", help="length x batch size (those that the size is used with)")
     parser.add_argument("--passes", nargs="+", choices=("forward", "train"), default=["forward", "train"])
     parser.add_argument("--dropout", type=float, default=0.0, help="of the probabilities, in training (%(default)s)")
     parser.add_argument("--repeats", type=int, default=8, help="timed rounds, after one that is not (%(default)s)")
@@ -74,7 +86,7 @@ def measure_attention(args: argparse.Namespace) -> list[dict]:
     print(f"{'':36}{heads}{'ours/abs':>9}{'ref/abs':>8}{'ours/ref':>9}{heads}{'added':>8}")
     rows = []
     for size in args.sizes:
-        for length, batch in (map(int, shape.split("x")) for shape in args.lengths):
+        for length, batch in (map(int, shape.split("x")) for shape in args.lengths or ATTENTION_SHAPES[size][1]):
             for kind in args.passes:
                 layers = make_layers(size, length, args.dropout, device, dtype)
                 hidden = torch.randn(batch, length, layers["absolute"].attention.output.dense.in_features)
@@ -114,13 +126,13 @@ def make_layers(size: str, length: int, dropout: float, device, dtype) -> dict:
 
     from qa.modeling_relative_bert import RelativeBertLayer
 
-    hidden, heads = {"base": (768, 12), "large": (1024, 16)}[size]
+    hidden, heads, intermediate = ATTENTION_SHAPES[size][0]
     layers = {}
     for position_type in ("absolute", "relative_key", "relative_key_query"):
         config = BertConfig(
             hidden_size=hidden,
             num_attention_heads=heads,
-            intermediate_size=4 * hidden,
+            intermediate_size=intermediate,
             attention_probs_dropout_prob=dropout,
             max_position_embeddings=max(512, length),
             position_embedding_type=position_type,
@@ -286,12 +298,12 @@ def run_data_path(folder: str) -> int:
 
     import datasets
 
-    from qa.read_squad import drop_misplaced_answers
+    from qa.train_questions import place_answers
     from qa.windows import WindowSettings, make_features, make_train_features
 
     datasets.disable_progress_bars()
     tokenizer, examples = open_squad_shaped(folder)
-    make_train_features(drop_misplaced_answers(examples["train"], "train"), tokenizer, WindowSettings())
+    make_train_features(place_answers(examples["train"], "train")[0], tokenizer, WindowSettings())
     features = make_features(examples["validation"], tokenizer, WindowSettings())
     our_scores(examples["validation"], our_answers(examples["validation"], features, make_logits(features), folder))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -305,7 +317,7 @@ def time_data_path(folder: str, repeats: int):
     train, validation = examples.values()
     windows = WindowSettings()
     print(f"{len(train)} and {len(validation)} questions, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(f"{'':20}{'ours, s':>10}{'run_qa, s':>11}{'ratio':>8}{'cached, s':>11}")
+    print(f"{'':20}{'ours, s':>10}{'run_qa, s':>11}{'ratio':>8}{'cached, s':>11}{'tokenizer':>11}")
     for what, ours, reference, split in (
         ("train_features", make_train_features, run_qa_train_features, train),
         ("eval_features", make_features, run_qa_features, validation),
@@ -314,6 +326,9 @@ def time_data_path(folder: str, repeats: int):
             "ours": functools.partial(ours, split, tokenizer, windows, overwrite_cache=True),
             "reference": functools.partial(reference, split, tokenizer, windows),
             "cached": functools.partial(ours, split, tokenizer, windows),
+            "tokenizer": functools.partial(
+                tokenize_alone, tokenizer, *(split.unique(c) for c in ("context", "question"))
+            ),
         }
         yield data_row(what, alternate_calls(steps, repeats))
 
@@ -337,6 +352,16 @@ def time_data_path(folder: str, repeats: int):
     yield data_row("metric", alternate_calls(steps, repeats))
 
 
+def tokenize_alone(tokenizer, contexts: list[str], questions: list[str]) -> None:
+    """The limit of our features: the distinct texts through the tokenizer, with the offsets of the contexts' tokens."""
+    for texts, encode in (
+        (contexts, tokenizer.backend_tokenizer.encode_batch),
+        (questions, tokenizer.backend_tokenizer.encode_batch_fast),
+    ):
+        for first in range(0, len(texts), 1000):
+            encode(texts[first : first + 1000], add_special_tokens=False)
+
+
 def alternate_calls(steps: dict, repeats: int) -> dict[str, float]:
     """The median seconds of each call. One round makes each once, so that whatever else the machine does hits all."""
     times = {key: [] for key in steps}
@@ -351,38 +376,23 @@ def alternate_calls(steps: dict, repeats: int) -> dict[str, float]:
 def data_row(what: str, seconds: dict[str, float]) -> dict:
     row = {"what": what} | {f"{key}_s": value for key, value in seconds.items()}
     row["ratio"] = row["reference_s"] / row["ours_s"]
-    cached = f"{row['cached_s']:11.2f}" if "cached_s" in row else ""
-    print(f"{what:<20}{row['ours_s']:10.2f}{row['reference_s']:11.2f}{row['ratio']:8.1f}{cached}", flush=True)
+    more = ""
+    if "tokenizer_s" in row:
+        row["tokenizer_share"] = row["tokenizer_s"] / row["ours_s"]  # of our time, what the tokenizer alone takes
+        more = f"{row['cached_s']:11.2f}{row['tokenizer_share']:11.0%}"
+    print(f"{what:<20}{row['ours_s']:10.2f}{row['reference_s']:11.2f}{row['ratio']:8.1f}{more}", flush=True)
     return row
 
 
 def write_squad_shaped_files(folder: Path, share: float) -> list[str]:
     """Writes train.json and validation.json with this share of SQuAD 1.1's questions; returns a WordPiece vocabulary.
 
-    Words are syllables with Zipf's frequencies; the frequent ones are one token, the rare ones several. Contexts have a
-    lognormal number of words: 150 tokens in the mean, one in a hundred more than 384, as in SQuAD.
+    Contexts have a lognormal number of words: 150 tokens in the mean, one in a hundred more than 384, as in SQuAD.
     """
     import numpy as np
 
     rng = np.random.default_rng(0)
-    onsets, vowels, codas = "b br c d f g gr h k l m n p pr r s st t tr v w".split(), "aeiou", ["", "n", "r", "s"]
-    syllables = np.array([onset + vowel + coda for onset in onsets for vowel in vowels for coda in codas])
-    sizes = np.minimum(1 + rng.poisson(np.linspace(0.6, 2.4, 90_000)), 5)
-    words = np.split(rng.choice(syllables, sizes.sum()), np.cumsum(sizes)[:-1])
-    words = np.array(list(dict.fromkeys("".join(word) for word in words)))
-    cumulative = np.cumsum(1 / np.arange(10, len(words) + 10))
-
-    def draw(lengths: np.ndarray) -> list[list[str]]:
-        count = lengths.sum()
-        drawn = words[np.searchsorted(cumulative, rng.random(count) * cumulative[-1])].astype(object)
-        for kind, change in ((rng.random(count) < 0.12, str.capitalize), (rng.random(count) < 0.06, "{},".format)):
-            drawn[kind] = [change(word) for word in drawn[kind]]
-        numbers = rng.random(count) < 0.03
-        drawn[numbers] = rng.integers(1, 2020, numbers.sum()).astype(str)
-        drawn[rng.random(count) < 0.045] += "."
-        ends = np.cumsum(lengths).tolist()
-        return [drawn[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
-
+    draw, vocabulary = make_language(rng)
     for split, num_questions in SQUAD_QUESTIONS.items():
         num_questions = max(1, round(num_questions * share))
         num_contexts = max(1, round(num_questions / QUESTIONS_PER_PARAGRAPH[split]))
@@ -402,11 +412,39 @@ def write_squad_shaped_files(folder: Path, share: float) -> list[str]:
             paragraphs[context]["qas"].append(question)
         data = {"version": "1.1", "data": [{"title": "", "paragraphs": paragraphs}]}
         (folder / f"{split}.json").write_text(json.dumps(data))
+    return vocabulary
+
+
+def make_language(rng):
+    """(draw, vocabulary): `draw(lengths)` gives a list of so many words each; and a WordPiece vocabulary for them.
+
+    Words are syllables with Zipf's frequencies; the frequent ones are one token, the rare ones several.
+    """
+    import numpy as np
+
+    onsets, vowels, codas = "b br c d f g gr h k l m n p pr r s st t tr v w".split(), "aeiou", ["", "n", "r", "s"]
+    syllables = np.array([onset + vowel + coda for onset in onsets for vowel in vowels for coda in codas])
+    sizes = np.minimum(1 + rng.poisson(np.linspace(0.6, 2.4, 90_000)), 5)
+    words = np.split(rng.choice(syllables, sizes.sum()), np.cumsum(sizes)[:-1])
+    words = np.array(list(dict.fromkeys("".join(word) for word in words)))
+    cumulative = np.cumsum(1 / np.arange(10, len(words) + 10))
+
+    def draw(lengths: np.ndarray) -> list[list[str]]:
+        count = lengths.sum()
+        drawn = words[np.searchsorted(cumulative, rng.random(count) * cumulative[-1])].astype(object)
+        for kind, change in ((rng.random(count) < 0.12, str.capitalize), (rng.random(count) < 0.06, "{},".format)):
+            drawn[kind] = [change(word) for word in drawn[kind]]
+        numbers = rng.random(count) < 0.03
+        drawn[numbers] = rng.integers(1, 2020, numbers.sum()).astype(str)
+        drawn[rng.random(count) < 0.045] += "."
+        ends = np.cumsum(lengths).tolist()
+        return [drawn[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
 
     characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     pieces = [f"##{piece}" for piece in [*characters, *syllables.tolist()]]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return list(dict.fromkeys([*special, *characters, *pieces, *words[:28_000].tolist(), *syllables.tolist()]))
+    vocabulary = list(dict.fromkeys([*special, *characters, *pieces, *words[:28_000].tolist(), *syllables.tolist()]))
+    return draw, vocabulary
 
 
 def make_logits(features):
@@ -692,6 +730,212 @@ def padding_share(lengths, batches: list, longest: int | None) -> float:
     """The share of tokens that are padding where each batch is as wide as its longest window, or `longest`."""
     tokens = sum(len(batch) * (longest or int(lengths[batch].max())) for batch in batches)
     return 1 - int(lengths.sum()) / tokens
+
+
+# Long documents and large sets
+
+
+CONTRACT_CHARACTERS, CONTRACT_QUESTIONS = 54_000, 41  # as in CUAD
+SCALE_BATCH = 32
+
+
+def add_scale_command(commands) -> None:
+    parser = commands.add_parser(
+        "scale",
+        help="contracts of 54,000 characters with 41 questions, in windows of 128 tokens: how time and memory grow",
+    )
+    parser.add_argument("--contracts", type=int, nargs="+", default=[1, 4, 16], help="in each set (%(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.set_defaults(run=measure_scale)
+
+
+def measure_scale(args: argparse.Namespace) -> list[dict]:
+    """A row for each stage and size, and in the way of run_qa.py for the smallest: seconds and peak memory in bytes.
+
+    Reading, features, and evaluation with post-processing have a process of their own each.
+    """
+    print(f"one core, Python {platform.python_version()}")
+    print(
+        f"{'':17}{'contracts':>10}{'windows':>9}{'seconds':>9}{'of CPU':>8}{'a CPU second':>14}{'peak MB':>9}"
+        f"{'mapped MB':>11}"
+    )
+    rows = []
+    for contracts in sorted(args.contracts):
+        with tempfile.TemporaryDirectory() as folder:
+            write_contracts(Path(folder), contracts)
+            stages = [read_contracts, make_contract_windows, answer_contracts]
+            if contracts == min(args.contracts):
+                stages.append(answer_contracts_as_run_qa)
+            for stage in stages:
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, context) as executor:
+                    measured = executor.submit(stage, folder).result()
+                for row in measured:
+                    rows.append({"contracts": contracts} | row)
+                    print_scale_row(rows[-1])
+    return rows
+
+
+def print_scale_row(row: dict) -> None:
+    windows, seconds = row["windows"] or "", row["seconds"]
+    rate = f"{row['windows'] / row['cpu_seconds']:14.0f}" if row["windows"] else f"{'':14}"
+    print(
+        f"{row['what']:<17}{row['contracts']:10}{windows:>9}{seconds:9.2f}{row['cpu_seconds']:8.2f}{rate}"
+        f"{row['peak_bytes'] / 1e6:9.0f}{row['mapped_bytes'] / 1e6:11.0f}",
+        flush=True,
+    )
+
+
+def write_contracts(folder: Path, contracts: int) -> None:
+    """Writes contracts.json, in SQuAD's layout, and vocabulary.json."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    draw, vocabulary = make_language(rng)
+    texts = draw(np.full(contracts, CONTRACT_CHARACTERS // 5))
+    questions = [" ".join(words) + "?" for words in draw(rng.integers(8, 20, CONTRACT_QUESTIONS))]
+    articles = []
+    for number, words in enumerate(texts):
+        context = " ".join(words)[:CONTRACT_CHARACTERS]
+        qas = []
+        for place, question in enumerate(questions):
+            start = int(rng.integers(len(context) - 100))
+            answer = {"text": context[start : start + 30], "answer_start": start}
+            qas.append({"id": f"{number}-{place}", "question": question, "answers": [answer]})
+        articles.append({"title": f"contract {number}", "paragraphs": [{"context": context, "qas": qas}]})
+    (folder / "contracts.json").write_text(json.dumps({"version": "1.1", "data": articles}))
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
+
+
+class Measured:
+    """Seconds, those of the processor alone, and peak memory of a `with` block.
+
+    Memory is of two kinds: what is no file's, and the mapped pages of files, which the kernel takes back when it needs
+    room. Read from Linux's /proc.
+    """
+
+    def __enter__(self):
+        self.anonymous = self.mapped = 0
+        self._done = threading.Event()
+        self._watch = threading.Thread(target=self._look)
+        self._watch.start()
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *failure):
+        self.seconds = time.perf_counter() - self._start[0]
+        self.cpu_seconds = time.process_time() - self._start[1]
+        self._done.set()
+        self._watch.join()
+
+    def _look(self) -> None:
+        last = False
+        while not last:
+            last = self._done.wait(0.02)
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            self.anonymous = max(self.anonymous, 1024 * int(status["RssAnon"].split()[0]))
+            self.mapped = max(self.mapped, 1024 * int(status["RssFile"].split()[0]))
+
+    def row(self, what: str, windows: int = 0) -> dict:
+        row = {"what": what, "windows": windows, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        return row | {"peak_bytes": self.anonymous, "mapped_bytes": self.mapped}
+
+
+def contract_stage(folder: str):
+    """(tokenizer, window settings, function that reads the questions)."""
+    import datasets
+    import torch
+    from transformers import BertTokenizer
+
+    from qa.read_squad import read_squad_file
+    from qa.windows import WindowSettings
+
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
+    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
+    tokenizer("a", "a")  # what it makes at its first call
+    return tokenizer, WindowSettings(128, 64), lambda: read_squad_file(Path(folder, "contracts.json"), folder)
+
+
+def read_contracts(folder: str) -> list[dict]:
+    *_, read = contract_stage(folder)
+    with Measured() as measured:
+        read()
+    return [measured.row("reading")]
+
+
+def make_contract_windows(folder: str) -> list[dict]:
+    from qa.windows import make_features
+
+    tokenizer, windows, read = contract_stage(folder)
+    examples = read()
+    with Measured() as measured:
+        features = make_features(examples, tokenizer, windows)
+    return [measured.row("features", len(features))]
+
+
+def answer_contracts(folder: str) -> list[dict]:
+    from qa.windows import QADataCollator, make_features
+    from run_squad import QATrainingArguments
+    from trainer_qa import QuestionAnsweringTrainer
+    from utils_qa import write_predictions
+
+    tokenizer, windows, read = contract_stage(folder)
+    examples = read()
+    features = make_features(examples, tokenizer, windows)
+    trainer = QuestionAnsweringTrainer(
+        model=make_tiny_bert(len(tokenizer)),
+        args=QATrainingArguments(folder, per_device_eval_batch_size=SCALE_BATCH, disable_tqdm=True),
+        data_collator=QADataCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    with Measured() as evaluation:
+        search, _ = trainer.find_answers(features, examples, "eval")
+    with Measured() as post_processing:
+        write_predictions(search.predictions(), folder, "eval")
+    return [evaluation.row("evaluation", len(features)), post_processing.row("post-processing", len(features))]
+
+
+def answer_contracts_as_run_qa(folder: str) -> list[dict]:
+    """All in the way of run_qa.py: windows, the Trainer's own evaluation, which keeps all logits, and answers."""
+    import numpy as np
+    import torch
+    import transformers
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    transformers.logging.set_verbosity_error()
+    tokenizer, windows, read = contract_stage(folder)
+    examples = read()
+    windows = dataclasses.replace(windows, doc_stride=40)  # there the overlap, which makes about as many windows
+    with Measured() as making:
+        features = run_qa_features(examples, tokenizer, windows)
+    arguments = {"per_device_eval_batch_size": SCALE_BATCH, "disable_tqdm": True, "report_to": "none"}
+    arguments |= {"use_cpu": not torch.accelerator.is_available()}
+    trainer = Trainer(
+        model=make_tiny_bert(len(tokenizer)),
+        args=TrainingArguments(folder, **arguments),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    with Measured() as evaluation:
+        logits = trainer.predict(features.remove_columns(["example_id", "offset_mapping"])).predictions
+    with Measured() as post_processing:
+        run_qa_answers(examples, features, [np.asarray(part) for part in logits], folder)
+    stages = {"features": making, "evaluation": evaluation, "answers": post_processing}
+    return [measured.row(f"run_qa {what}", len(features)) for what, measured in stages.items()]
+
+
+def make_tiny_bert(vocab_size: int):
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(
+        BertConfig(
+            vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ python scripts/check_versions.py [--versions 5.0.0 5.24.0] [--environments DIR]
 
 Saves small models with the transformers that runs it, and loads them in each version: the code beside the weights must
 give the same logits, loss and gradients, eager and sdpa, with gradient checkpointing, and after saving and loading
-again; also from a file with the names and the further weights of Google's checkpoints. transformers 4 loads them
-without that code. Each version gets an environment of its own, with all but transformers and what that needs from the
-one that runs this. Exit status 1 if any line is not ok.
+again; also from a file with the names and the further weights of Google's checkpoints, and with positions that have
+grown. transformers 4 loads them without that code. Each version gets an environment of its own, with all but
+transformers and what that needs from the one that runs this. Exit status 1 if any line is not ok.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -112,24 +113,25 @@ def last_line(text: str) -> str:
 
 
 def save_models(folder: Path) -> None:
-    """Saves each relative type, and the second again as Google names weights, with what to expect of each."""
+    """Saves each relative type, as built and grown from 16 positions to 40, and the second as Google names weights."""
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import BertConfig
+    from transformers import BertConfig, BertTokenizer
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from qa.load_model import grow_positions
     from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 
     transformers.logging.disable_progress_bar()
-    for position_type in RELATIVE_TYPES:
+    for position_type, positions in itertools.product(RELATIVE_TYPES, (16, 40)):
         config = BertConfig(
             vocab_size=60,
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=48,
-            max_position_embeddings=40,
+            max_position_embeddings=positions,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             position_embedding_type=position_type,
@@ -139,8 +141,10 @@ def save_models(folder: Path) -> None:
         for name, parameter in model.named_parameters():  # weights so large that every one of them counts
             mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0
             torch.nn.init.normal_(parameter, mean, std=1.0 if "embedding" in name else 0.3)
-        model.save_pretrained(folder / position_type)
-        save_file(expected_tensors(model), folder / position_type / "expected.safetensors")
+        name = position_type if positions == 40 else f"{position_type} grown"
+        grow_positions(model, BertTokenizer(vocab={"[UNK]": 0}), 40)
+        model.save_pretrained(folder / name)
+        save_file(expected_tensors(model), folder / name / "expected.safetensors")
 
     googles = folder / f"{position_type} as Google names weights"
     shutil.copytree(folder / position_type, googles)

@@ -5,8 +5,10 @@
     python scripts/make_golden_attention.py check FOLDER    under transformers 4.57.6: loads what `save` wrote
 
 `make` writes for each position type a model folder as 4.57.6 saves it, tokenizer included, and one file with, for each
-batch, the inputs, the logits, the loss and the gradient of every parameter that has one. `check` exits 1 unless every
-weight is found, none is left over, logits equal the golden ones and the tokenizer gives the same ids.
+batch, the inputs, the logits, the loss and the gradient of every parameter that has one. The relative types have a
+second such file, of a batch too long for the model, which `make` has grown: what the tables do not reach gets their
+outermost rows. `save` grows the same models by the program's own function. `check` exits 1 unless every weight is
+found, none is left over, logits equal the golden ones and the tokenizer gives the same ids.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "attention"
@@ -31,6 +34,8 @@ BATCHES = {  # name: (length, tokens of each sequence); below, near and at MAX_L
     "24_full": (24, (24, 24)),
     "24_padded": (24, (5, 24, 13)),
 }
+LONGER_BATCHES = {"200_padded": (200, (200, 61))}  # of a model that has grown from MAX_LENGTH to GROWN_LENGTH
+GROWN_LENGTH = 210
 
 
 def main() -> int:
@@ -58,19 +63,11 @@ def make_golden(output: Path) -> int:
         model = make_model(position_type)
         model.save_pretrained(output / position_type)
         make_tokenizer(output).save_pretrained(output / position_type)
-        tensors = {}
-        for name, (length, tokens) in BATCHES.items():
-            inputs = make_inputs(length, tokens, seed=length + len(tokens))
-            tensors |= {f"{name}/inputs/{key}": value for key, value in inputs.items()}
-            model.zero_grad()
-            outputs = model(**inputs)
-            outputs.loss.backward()
-            for key in ("start_logits", "end_logits", "loss"):
-                tensors[f"{name}/{key}"] = outputs[key].detach()
-            for key, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    tensors[f"{name}/gradients/{key}"] = parameter.grad.clone()
+        tensors = golden_tensors(model, BATCHES)
         save_file(tensors, output / f"{position_type}.safetensors")
+        if position_type != "absolute":
+            longer = golden_tensors(grown_model(model), LONGER_BATCHES)
+            save_file(longer, output / f"{position_type}_longer.safetensors")
         logits[position_type] = torch.cat([tensors[f"{name}/start_logits"].flatten() for name in BATCHES])
 
     for one, other in (POSITION_TYPES[:2], POSITION_TYPES[1:], POSITION_TYPES[::2]):
@@ -79,6 +76,37 @@ def make_golden(output: Path) -> int:
         if spread < 0.5:
             sys.exit("the position types are too much alike for these files to tell them apart")
     return 0
+
+
+def golden_tensors(model: BertForQuestionAnswering, batches: dict) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, (length, tokens) in batches.items():
+        inputs = make_inputs(length, tokens, seed=length + len(tokens))
+        tensors |= {f"{name}/inputs/{key}": value for key, value in inputs.items()}
+        model.zero_grad()
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        for key in ("start_logits", "end_logits", "loss"):
+            tensors[f"{name}/{key}"] = outputs[key].detach()
+        for key, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                tensors[f"{name}/gradients/{key}"] = parameter.grad.clone()
+    return tensors
+
+
+def grown_model(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
+    """The same with GROWN_LENGTH positions; row i of a new table is that of its distance, or of the nearest known."""
+    distances = torch.arange(2 * GROWN_LENGTH - 1) - (GROWN_LENGTH - 1)
+    rows = distances.clip(1 - MAX_LENGTH, MAX_LENGTH - 1) + MAX_LENGTH - 1
+    weights = model.state_dict()
+    for name in [name for name in weights if "distance_embedding" in name]:
+        weights[name] = weights[name][rows]
+    name = "bert.embeddings.position_embeddings.weight"
+    weights[name] = nn.functional.pad(weights[name], (0, 0, 0, GROWN_LENGTH - MAX_LENGTH))
+    settings = model.config.to_dict() | {"max_position_embeddings": GROWN_LENGTH, "attn_implementation": "eager"}
+    grown = BertForQuestionAnswering(BertConfig(**settings))
+    grown.load_state_dict(weights)
+    return grown.train()
 
 
 def make_model(position_type: str) -> BertForQuestionAnswering:
@@ -139,7 +167,7 @@ def make_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 
 def save_with_this_project(folder: Path) -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from qa.load_model import rename_extra_special_tokens
+    from qa.load_model import grow_positions, rename_extra_special_tokens
     from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 
     for position_type in POSITION_TYPES:
@@ -149,31 +177,46 @@ def save_with_this_project(folder: Path) -> int:
         tokenizer.add_special_tokens({"extra_special_tokens": ["[extra]"]})
         tokenizer.save_pretrained(folder / position_type)
         rename_extra_special_tokens(folder / position_type)
+        if position_type != "absolute":
+            model = model_class.from_pretrained(GOLDEN / position_type)
+            grow_positions(model, tokenizer, GROWN_LENGTH)
+            model.save_pretrained(folder / f"{position_type}_longer")
     return 0
 
 
 def check_in_4_57(folder: Path) -> int:
     failures = 0
     for position_type in POSITION_TYPES:
-        model, report = AutoModelForQuestionAnswering.from_pretrained(folder / position_type, output_loading_info=True)
-        golden = load_file(GOLDEN / f"{position_type}.safetensors")
-        worst = 0.0
-        for name in BATCHES:
-            inputs = {key: golden[f"{name}/inputs/{key}"] for key in ("input_ids", "attention_mask", "token_type_ids")}
-            with torch.no_grad():
-                outputs = model.eval()(**inputs)
-            for key in ("start_logits", "end_logits"):
-                worst = max(worst, (outputs[key] - golden[f"{name}/{key}"]).abs().max().item())
+        worst, report = largest_difference(folder, position_type, BATCHES)
         tokenizer = AutoTokenizer.from_pretrained(folder / position_type)
         text = (QUESTION, CONTEXT + " [extra]")
         expected = AutoTokenizer.from_pretrained(GOLDEN / position_type)
         expected.add_special_tokens({"additional_special_tokens": ["[extra]"]})
         same_tokens = tokenizer(*text).input_ids == expected(*text).input_ids
-        left = {key: value for key, value in report.items() if value}
-        good = worst <= 1e-5 and same_tokens and not left and model.config.position_embedding_type == position_type
+        if position_type != "absolute":
+            worst_longer, report_longer = largest_difference(folder, f"{position_type}_longer", LONGER_BATCHES)
+            worst, report = max(worst, worst_longer), report + report_longer
+        left = {key: value for key, value in report if value}
+        good = worst <= 1e-5 and same_tokens and not left
         failures += not good
         print(f"{position_type}: logits differ by {worst:.1e}, same token ids: {same_tokens}, weights amiss: {left}")
     return 1 if failures else 0
+
+
+def largest_difference(folder: Path, name: str, batches: dict) -> tuple[float, list]:
+    """Of a logit of the model saved in folder / name from the golden ones; and what loading it reports."""
+    model, report = AutoModelForQuestionAnswering.from_pretrained(folder / name, output_loading_info=True)
+    if model.config.position_embedding_type != name.removesuffix("_longer"):
+        sys.exit(f"{folder / name} is of position_embedding_type {model.config.position_embedding_type}")
+    golden = load_file(GOLDEN / f"{name}.safetensors")
+    worst = 0.0
+    for batch in batches:
+        inputs = {key: golden[f"{batch}/inputs/{key}"] for key in ("input_ids", "attention_mask", "token_type_ids")}
+        with torch.no_grad():
+            outputs = model.eval()(**inputs)
+        for key in ("start_logits", "end_logits"):
+            worst = max(worst, (outputs[key] - golden[f"{batch}/{key}"]).abs().max().item())
+    return worst, list(report.items())
 
 
 if __name__ == "__main__":

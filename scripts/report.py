@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets  # noqa: E402
 import transformers  # noqa: E402
 
+from qa.layouts import NO_START  # noqa: E402
 from qa.legacy_flags import OneLineParser  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
 from qa.read_squad import load_examples  # noqa: E402
 from qa.run_folder import QA_SETTINGS  # noqa: E402
+from qa.train_questions import hold_out  # noqa: E402
 from qa.windows import WindowSettings, make_features  # noqa: E402
 from utils_qa import QAPredictions, raw_scores, squad_scores, write_text  # noqa: E402
 
@@ -151,20 +153,27 @@ def _history(state: dict, name: str) -> list[tuple[int, float]]:
 
 def read_examples(args, folder: Path, settings: dict, answers: dict) -> datasets.Dataset:
     """The questions that were answered, with contexts and gold answers."""
+    percentage = None
     if args.validation_file or args.dataset_name:
         file, name, config_name = args.validation_file, args.dataset_name, args.dataset_config_name
     else:
         file, name, config_name = (
             settings.get(key) for key in ("validation_file", "dataset_name", "dataset_config_name")
         )
+        percentage = settings.get("validation_split_percentage")
+    split = "train" if percentage else "validation"
+    if percentage:  # a part of the training data was evaluated
+        file = settings["train_file"]
     if not (file or name):
         raise ValueError(
             f"{folder} does not say which questions were evaluated: give --validation_file or --dataset_name"
         )
     if file and not os.path.exists(file):
         raise ValueError(f"{file}, which was evaluated, is not there: give --validation_file")
-    splits = load_examples(name, config_name, {"validation": file}, settings.get("cache_dir"))
+    splits = load_examples(name, config_name, {split: file}, settings.get("cache_dir"))
     source = file or name
+    if percentage and "train" in splits:
+        splits = hold_out(splits, percentage, settings["seed"], source)
     if "validation" not in splits or "answers" not in splits["validation"].column_names:
         raise ValueError(f"{source} has no validation questions with gold answers: give --validation_file")
     examples = splits["validation"]
@@ -212,7 +221,11 @@ def make_questions(examples, answers: dict, n_best: dict, num_windows: list[int]
                 question=row["question"],
                 context=row["context"],
                 golds=golds[i],
-                gold_spans=[(start, start + len(text)) for text, start in zip(golds[i], starts, strict=True)],
+                gold_spans=[
+                    (start, start + len(text))
+                    for text, start in zip(golds[i], starts, strict=True)
+                    if start != NO_START
+                ],
                 answer=answer,
                 span=span,
                 probability=sum(same),

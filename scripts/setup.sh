@@ -1,12 +1,12 @@
 # Sourced by the scripts beside it, with the lists of packages that they need: source setup.sh requirements.txt ...
 # Makes the repository's root the working folder. An active environment is the user's: what the lists ask for and it
 # lacks is installed there, and nothing that it has is changed. Without one, .venv is made, with everything that
-# users and tests need in the exact versions of constraints.txt.
+# users and tests need in the exact versions of constraints.txt. VENV and CONSTRAINTS name another environment and list.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${VENV:-.venv}"
 constraints="${CONSTRAINTS:-constraints.txt}"
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    [ -x "$venv/bin/pip" ] || python3 -m venv "$venv" # half of one has no pip
     source "$venv/bin/activate"
 fi
 if [ "${VIRTUAL_ENV:-}" -ef "$venv" ]; then

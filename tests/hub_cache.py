@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset, DatasetInfo, Features, Value
 from datasets.naming import camelcase_to_snakecase
 from datasets.splits import SplitDict, SplitInfo
+
+from qa.read_squad import DistinctText
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -22,16 +24,22 @@ def cache_dataset(root: Path, name: str, config: str, splits: dict[str, Dataset]
     folder.mkdir(parents=True, exist_ok=True)
     infos = SplitDict(dataset_name=snake_name)
     for split, dataset in splits.items():
-        table = dataset.flatten_indices().data.table
+        dataset = dataset.flatten_indices().cast(as_strings(dataset.features))
+        table = dataset.data.table
         with pa.OSFile(str(folder / f"{snake_name}-{split}.arrow"), "wb") as file:
             with pa.RecordBatchStreamWriter(file, table.schema) as writer:
                 writer.write_table(table)
         infos.add(SplitInfo(split, num_bytes=table.nbytes, num_examples=len(dataset), dataset_name=snake_name))
-    features = next(iter(splits.values())).features
+    features = as_strings(next(iter(splits.values())).features)
     info = DatasetInfo(
         features=features, splits=infos, dataset_name=snake_name, config_name=config, builder_name="parquet"
     )
     info.write_to_directory(str(folder))
+
+
+def as_strings(features: Features) -> Features:
+    """The same columns without a type of our own, which the hub does not know."""
+    return Features({name: Value("string") if type(t) is DistinctText else t for name, t in features.items()})
 
 
 def cache_model(root: Path, repo_id: str, folder: Path) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import torch
 from datasets import Dataset
+from hub_cache import as_strings
 from safetensors.torch import save as safetensors_bytes
 from tiny import PEOPLE, TOWNS, WORDS, tiny_questions
 from transformers import BertTokenizerFast
@@ -500,7 +501,7 @@ def squad(folder: Path, config: str, version_2: bool, train: int, validation: in
         file = tiny_questions(Path(folder, f"{config}-{split}.json"), paragraphs=questions // 2, version_2=version_2)
         rows: Dataset = read_squad_file(file, cache_dir=str(folder / "cache"))
         buffer = io.BytesIO()
-        rows.to_parquet(buffer)
+        rows.cast(as_strings(rows.features)).to_parquet(buffer)
         files[f"{config}/{split}-00000-of-00001.parquet"] = buffer.getvalue()
         splits += f"  - name: {split}\n    num_bytes: {rows.data.nbytes}\n    num_examples: {len(rows)}\n"
     strings = "".join(f"  - name: {name}\n    dtype: string\n" for name in ("id", "title", "context", "question"))

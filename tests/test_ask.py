@@ -179,6 +179,7 @@ def test_a_long_text_and_nothing_left_in_the_cache(model, tmp_path, monkeypatch,
 
 
 def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch, capsys):
+    absolute = str(models["absolute"])
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes("Café".encode("latin-1"))
     shutil.copytree(models["absolute"], tmp_path / "no_head")
@@ -199,7 +200,8 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
         ([model, "--context_file", str(tmp_path / "latin1.txt"), *question], "latin1.txt: byte 3: not UTF-8"),
         ([model, *text, "--question", " "], "--question is empty"),
         ([model, *text, "--question", "\udcff?"], "--question is not UTF-8"),
-        ([model, *text, *question], "--max_seq_length is 384, but the model has positions for 64"),
+        ([absolute, *text, *question], "--max_seq_length is 384, but the model has positions for 64"),
+        ([absolute, *text, *question], "relative positions (position_embedding_type relative_key"),
         ([model, *text, *question, "--max_seq_length", "24", "--doc_stride", "24"], "--doc_stride 24 would leave"),
         ([model, *text, *question, *WINDOWS, "--n_best_size", "0"], "--n_best_size is 0"),
         ([str(tmp_path / "not_json"), *text, *question], "qa_settings.json: is not JSON"),

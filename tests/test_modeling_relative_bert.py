@@ -34,7 +34,7 @@ def golden_model(position_type: str, **kwargs):
 
 
 def golden_batch(position_type: str, name: str) -> tuple[dict, dict]:
-    """The inputs of one batch, and what 4.57.6 makes of them."""
+    """The inputs of one batch, and what 4.57.6 makes of them; `position_type` may end in _longer."""
     tensors = load_file(GOLDEN / f"{position_type}.safetensors")
     tensors = {key.removeprefix(name + "/"): value for key, value in tensors.items() if key.startswith(name + "/")}
     inputs = {key.removeprefix("inputs/"): value for key, value in tensors.items() if key.startswith("inputs/")}
@@ -76,16 +76,19 @@ def small_batch(length: int = 20) -> dict[str, torch.Tensor]:
 def test_equals_4_57_6(position_type, attention, batch):
     inputs, golden = golden_batch(position_type, batch)
     model = golden_model(position_type, attn_implementation=attention).train()  # its dropout is 0
+    assert_equals_golden(model, inputs, golden)
+
+
+def assert_equals_golden(model, inputs: dict, golden: dict, rounding: float = 1e-6) -> None:
     outputs = model(**inputs)
     outputs.loss.backward()
-
     for key in ("start_logits", "end_logits", "loss"):
         torch.testing.assert_close(outputs[key], golden[key], atol=1e-5, rtol=0)
     gradients = {f"gradients/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == {key for key in golden if key.startswith("gradients/")}
     for name, gradient in gradients.items():
-        # Some are zero but for rounding, such as that of a bias which shifts all logits alike: hence the 1e-6.
-        assert (gradient - golden[name]).norm() <= 1e-4 * golden[name].norm() + 1e-6, name
+        # Some are zero but for rounding, such as that of a bias which shifts all logits alike: hence `rounding`.
+        assert (gradient - golden[name]).norm() <= 1e-4 * golden[name].norm() + rounding, name
 
 
 @EACH_TYPE
@@ -208,15 +211,24 @@ def test_gradient_against_finite_differences(position_type, attention, dropout):
     assert torch.autograd.gradcheck(attend, (hidden, table), fast_mode=True)
 
 
-@pytest.mark.parametrize(("group_scores", "block_queries"), [(1, 1), (2 * 37 * 37, 5), (10**6, 64)])
-def test_sizes_of_groups_and_blocks_change_nothing(monkeypatch, group_scores, block_queries):
+@pytest.mark.parametrize(
+    ("heads_of_a_group", "groups", "block_queries"),
+    [(1, 20, 1), (2, 10, 5), (3, 10, 16), (4, 5, 32), (9, 3, 32), (20, 1, 64), (99, 1, 64)],
+)
+@pytest.mark.parametrize("masked", (False, True))
+def test_sizes_of_groups_and_blocks_change_nothing(monkeypatch, heads_of_a_group, groups, block_queries, masked):
+    """Groups of one head, of some heads of a sequence, of a sequence, of several, of all; the last one smaller."""
     layer = attention_layer("relative_key_query", "sdpa", num_attention_heads=4)
-    hidden = torch.randn(2, 37, 32, requires_grad=True)
+    hidden = torch.randn(5, 37, 32, requires_grad=True)
+    mask = None
+    if masked:  # of its own for each sequence
+        mask = (torch.arange(37) < torch.tensor([37, 9, 20, 1, 33])[:, None])[:, None, None, :]
     parameters = (hidden, *layer.parameters())
-    expected = plain_attention(layer, hidden)
-    monkeypatch.setattr(relative, "GROUP_SCORES", group_scores)
+    expected = plain_attention(layer, hidden, mask)
+    monkeypatch.setattr(relative, "GROUP_ELEMENTS", heads_of_a_group * 37 * (37 + 8))
     monkeypatch.setattr(relative, "BLOCK_QUERIES", block_queries)
-    output = layer(hidden)[0]
+    assert len(list(relative.head_groups(torch.empty(5, 4, 37, 8)))) == groups
+    output = layer(hidden, mask)[0]
     torch.testing.assert_close(output, expected)
     weights = torch.randn_like(output)
     ours, plain = (torch.autograd.grad((each * weights).sum(), parameters) for each in (output, expected))

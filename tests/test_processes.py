@@ -295,3 +295,10 @@ def test_a_backend_without_a_launcher_has_no_effect_and_says_so(command, tmp_pat
     done = launch.run(*command, "--max_steps", "1", "--ddp_backend", "gloo", "--output_dir", tmp_path)
     assert done.exit_codes == [0], done.err[0][-2000:]
     assert "--ddp_backend gloo has no effect: without torchrun there is one process." in done.err[0]
+
+
+def test_batches_that_leave_processes_waiting_are_refused(command, tmp_path):
+    flags = ["--accelerator_config", '{"even_batches": false}', "--output_dir", tmp_path]
+    refused = launch.run(*command, *flags, processes=2)
+    assert refused.exit_codes == [2, 2]
+    assert "even_batches false would leave processes waiting" in refused.err[0]

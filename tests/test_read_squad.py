@@ -1,8 +1,9 @@
-"""Reading SQuAD: files in every layout, misplaced answers, the hub from its cache on disk."""
+"""Reading SQuAD: files in every layout, the hub from its cache on disk."""
 
 import json
-import logging
 import multiprocessing
+import random
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -10,19 +11,21 @@ import pytest
 from datasets import Dataset, Features, Value
 from hub_cache import cache_dataset
 from test_windows import golden_tokenizer
-from tiny import NO_ANSWER, make_examples
+from tiny import NO_ANSWER
 
 from qa import read_squad
 from qa.read_squad import (
     EXAMPLE_FEATURES,
-    drop_misplaced_answers,
+    STORED_FEATURES,
     load_examples,
     read_squad_file,
 )
+from qa.train_questions import place_answers
 from qa.windows import (
     WindowSettings,
     make_train_features,
 )
+from utils_qa import distinct_texts
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +101,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, tmp_path):
     examples = read_squad_file(write(tmp_path / "file", LAYOUTS[layout]), tmp_path / "cache")
-    assert examples.features == EXAMPLE_FEATURES
+    assert examples.features == STORED_FEATURES
     assert examples.to_list() == ROWS
 
 
@@ -129,7 +132,7 @@ def test_files_are_cached_by_content(tmp_path, monkeypatch):
     path, copy = write(tmp_path / "file", LAYOUTS["nested"]), write(tmp_path / "copy", LAYOUTS["nested"])
     read_squad_file(path, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(read_squad, "_parse_json", None)
+        patch.setattr(read_squad, "squad_rows", None)
         assert read_squad_file(copy, tmp_path / "cache").to_list() == ROWS
     write(path, LAYOUTS["nested"].replace("Who?", "Why?"))
     assert read_squad_file(path, tmp_path / "cache")["question"][0] == "Why?"
@@ -163,25 +166,19 @@ REFUSED = {
     "paragraph is a list": (b'{"data": [{"paragraphs": [[]]}]}', r"data\[0\]\.paragraphs\[0\]: must be an object"),
     "no context": (b'{"data": [{"paragraphs": [{"qas": []}]}]}', r'paragraphs\[0\]: missing key "context"'),
     "no qas": (b'{"data": [{"paragraphs": [{"context": "c"}]}]}', r'paragraphs\[0\]: missing key "qas"'),
-    "no id": (nested(id=...), rf'{QA}: missing key "id"'),
     "no question key": (nested(question=...), rf'{QA}: missing key "question"'),
     "question is null": (nested(question=None), rf"{QA}\.question: must be a string, is None"),
     "id is a float": (nested(id=1.5), rf"{QA}\.id: must be a string, is 1.5"),
     "id is true": (nested(id=True), rf"{QA}\.id: must be a string, is True"),
     "title is a list": (json.dumps([{**ROWS[0], "title": []}]), r"row 0\.title: must be a string"),
     "answers is a string": (nested(answers="king"), rf"{QA}\.answers: must be a list, is 'king'"),
-    "answer is a string": (nested(answers=["king"]), rf"{QA}\.answers\[0\]: must be an object"),
     "answer without text": (nested(answers=[{"answer_start": 1}]), rf'{QA}\.answers\[0\]: missing key "text"'),
-    "answer without start": (nested(answers=[{"text": "x"}]), rf'{QA}\.answers\[0\]: missing key "answer_start"'),
-    "start is a string": (
-        nested(answers=[{"text": "x", "answer_start": "4"}]),
-        r"answer_start: must be an integer, is '4'",
-    ),
-    "start is a float": (nested(answers=[{"text": "x", "answer_start": 4.0}]), r"answer_start: must be an integer"),
+    "start is a word": (nested(answers=[{"text": "x", "answer_start": "four"}]), "must be an integer, is 'four'"),
+    "start is no whole number": (nested(answers=[{"text": "x", "answer_start": 4.5}]), r"must be an integer, is 4\.5"),
+    "start is a long text": (nested(answers=[{"text": "x", "answer_start": "9" * 5000}]), "must be an integer, is '99"),
     "start is NaN": (nested(answers=[{"text": "x", "answer_start": float("nan")}]), r"must be an integer, is nan"),
     "start is true": (nested(answers=[{"text": "x", "answer_start": True}]), r"must be an integer, is True"),
     "start is huge": (nested(answers=[{"text": "x", "answer_start": 2**31}]), "2147483648 is outside every text"),
-    "texts without starts": (nested(answers={"text": ["x"]}), rf'{QA}\.answers: missing key "answer_start"'),
     "fewer starts": (nested(answers={"text": ["x"], "answer_start": []}), "1 texts but 0 answer_starts"),
     "is_impossible is a string": (nested(is_impossible="no"), rf"{QA}\.is_impossible: must be true or false, is 'no'"),
     "half a surrogate pair": (nested(question="a\ud800"), rf"{QA}\.question: character 1 is half of a surrogate pair"),
@@ -233,37 +230,87 @@ def read_and_make(source, cache_dir):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Misplaced answers
+# A context is there once
 
 
-def test_drop_misplaced_answers(caplog):
-    context = "the king was born"
-    good = [("g1", "who", context, "king", 4), ("g2", "who", context, "", 0), ("g3", "who", context, "born", 13)]
-    bad = [
-        ("b1", "who", context, "king", 5),
-        ("b2", "who", context, "the", -17),
-        ("b3", "who", context, "born", 2**31 - 1),
+def contracts(questions: int, length: int = 60_000) -> list[dict]:
+    texts = ["the king " * (length // 9), "was born " * (length // 9)]
+    return [
+        {"id": str(i), "title": "", "context": texts[i % 2], "question": f"who {i}", "answers": NO_ANSWER}
+        for i in range(questions)
     ]
-    examples = make_examples([good[0], bad[0], good[1], bad[1], bad[2], good[2]])
-    empty = {
-        "id": "b4",
-        "title": "",
-        "context": context,
-        "question": "?",
-        "answers": {"text": [""], "answer_start": [0]},
-    }
-    examples = Dataset.from_list([*examples.to_list(), empty], features=EXAMPLE_FEATURES)
-    with caplog.at_level(logging.WARNING):
-        kept = drop_misplaced_answers(examples, "train.json")
-    assert kept["id"][:] == ["g1", "g2", "g3"]
-    assert "train.json: 4 of 7 questions are left out" in caplog.text and "b1, b2, b3, b4" in caplog.text
-    caplog.clear()
-    assert drop_misplaced_answers(make_examples(good), "train.json")["id"][:] == ["g1", "g2", "g3"]
-    assert caplog.text == ""
-    with pytest.raises(ValueError, match="train.json: no question's answer stands at its answer_start"):
-        drop_misplaced_answers(make_examples(bad), "train.json")
-    with pytest.raises(ValueError, match='train.json: missing key "answers"'):
-        drop_misplaced_answers(make_examples(good).remove_columns("answers"), "train.json")
+
+
+CONTRACTS = {
+    "nested": lambda rows: json.dumps(
+        {
+            "data": [
+                {"paragraphs": [{"context": text, "qas": [without(row, "context", "title") for row in rows[i::2]]}]}
+                for i, text in enumerate(dict.fromkeys(row["context"] for row in rows))
+            ]
+        }
+    ),
+    "flat": lambda rows: json.dumps(rows, indent=1),
+    "json lines": lambda rows: "\n".join(json.dumps(row) for row in rows),
+}
+
+
+@pytest.mark.parametrize("layout", CONTRACTS)
+def test_a_context_is_stored_once(layout, tmp_path):
+    rows = contracts(200)
+    examples = read_squad_file(write(tmp_path / "file", CONTRACTS[layout](rows)), tmp_path / "cache")
+    assert sorted(examples.to_list(), key=lambda row: int(row["id"])) == rows
+    assert Path(examples.cache_files[0]["filename"]).stat().st_size < 3 * 60_000
+    some = examples.select([150, 3, 151])
+    assert [row["context"] for row in some] == some["context"][:] == [examples[i]["context"] for i in (150, 3, 151)]
+
+
+@pytest.mark.parametrize("layout", CONTRACTS)
+def test_memory_does_not_grow_with_the_questions_on_a_context(layout, tmp_path):
+    """Beyond the file itself, of which a layout in one JSON value is held as bytes and as text."""
+    path = write(tmp_path / "file", CONTRACTS[layout](contracts(400, 100_000)))
+    tracemalloc.start()
+    read_squad_file(path, tmp_path / "cache")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = path.stat().st_size
+    assert size > 20e6 or layout == "nested"
+    assert peak < {"nested": 3e6, "json lines": 3e6, "flat": 2 * size + 3e6}[layout]
+
+
+def test_distinct_texts():
+    """Of rows selected, shuffled, joined, and of columns that hold each text once or once a row."""
+    rng, rows = random.Random(0), [{"context": f"text {i % 7}", "n": i} for i in range(50)]
+    plain = Dataset.from_list(rows)
+    stored = plain.cast(Features({"context": STORED_FEATURES["context"], "n": Value("int64")}))
+    chosen = [rng.randrange(50) for _ in range(20)]
+    for change in (
+        lambda dataset: dataset,
+        lambda dataset: dataset.select(range(5, 9)),
+        lambda dataset: dataset.select(chosen),
+        lambda dataset: datasets.concatenate_datasets([dataset.select([4, 2]), dataset.select([3, 2, 40])]),
+        lambda dataset: dataset.select([]),
+    ):
+        expected = [row["context"] for row in change(plain)]
+        for dataset in (plain, stored):
+            for part in (slice(None), slice(1, 3)):
+                texts = distinct_texts(change(dataset), "context", part)
+                assert [texts.distinct[i].as_py() for i in texts.row.tolist()] == expected[part]
+                assert texts.distinct.to_pylist() == list(dict.fromkeys(expected[part]))
+
+
+@pytest.mark.slow
+def test_more_than_2_gb_of_texts(tmp_path):
+    """What the 32-bit offsets of Arrow's strings cannot hold."""
+    with open(tmp_path / "file", "w") as file:
+        for i in range(22):
+            row = {"id": str(i), "context": f"text {i} " + "a" * 100_000_000 + " king", "question": "who"}
+            row["answers"] = [{"text": "king", "answer_start": len(row["context"]) - 4}]
+            file.write(json.dumps(row) + "\n")
+    examples = read_squad_file(tmp_path / "file", tmp_path / "cache")
+    assert examples[21]["context"].startswith("text 21 ") and examples.select([20])["context"][0][:7] == "text 20"
+    assert place_answers(examples, "file", "refuse")[1] == []
+    assert len(distinct_texts(examples, "context").distinct) == 22
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,12 +325,17 @@ def hub(tmp_path):
     return load
 
 
-def test_hub_dataset(hub, tmp_path):
+def test_hub_dataset(hub, tmp_path, monkeypatch):
     train = Dataset.from_list(ROWS, features=EXAMPLE_FEATURES)
     cache_dataset(tmp_path, "squad", "plain_text", {"train": train, "validation": train.select([1])})
     splits = hub()
     assert {name: split["id"][:] for name, split in splits.items()} == {"train": ["a", "b", "c"], "validation": ["b"]}
     assert splits["train"].to_list() == ROWS
+    assert splits["train"].features == STORED_FEATURES
+    assert [len(chunk.dictionary) for chunk in splits["train"].data.column("context").chunks] == [2]
+    with monkeypatch.context() as patch:  # and is there for the next process
+        patch.setattr(read_squad, "_conform_hub_table", None)
+        assert hub()["train"].to_list() == ROWS
     assert hub(config_name="plain_text").keys() == splits.keys()
     own = write(tmp_path / "own.json", json.dumps(ROWS[2:]))
     splits = hub(files={"train": None, "validation": own, "test": own})
@@ -321,7 +373,6 @@ def test_hub_dataset_without_answers(hub, tmp_path):
             lambda rows: [without(row, "context") for row in rows],
             r'squad \(train\): no column "context"; found id, title',
         ),
-        (lambda rows: [without(row, "id") for row in rows], 'no column "id"'),
         (lambda rows: [{**row, "answers": "king"} for row in rows], "its columns are not those of SQuAD"),
         (lambda rows: [{**row, "id": "same"} for row in rows], "id 'same' stands more than once"),
         (lambda rows: [rows[0], {**rows[1], "question": None}], 'row 1 has no value in column "question"'),

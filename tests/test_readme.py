@@ -23,6 +23,8 @@ SENTENCES = {
     "python scripts/benchmark.py attention": ("--sizes base --lengths 32x1 --passes train --repeats 1", {}),
     "python scripts/benchmark.py data": ("--questions 500 --repeats 1", {}),
     "python scripts/benchmark.py training": ("--size mini --questions 200 --batches 1 --repeats 1", {}),
+    "python scripts/benchmark.py scale": ("--contracts 1", {}),
+    "python scripts/check_versions.py": ("--help", {}),  # without it environments are made and packages installed
     "python run_squad.py --help": ("", {}),
     "python run_squad.py arguments.json": ("", {}),
 }

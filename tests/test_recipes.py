@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hub_cache import cache_dataset, cache_model
 from hub_server import Hub, published
-from tiny import tiny_bert, tiny_questions
+from tiny import PEOPLE, TOWNS, WORDS, tiny_bert, tiny_questions
 
 from qa.read_squad import read_squad_file
 
@@ -197,9 +197,47 @@ def test_recipe_on_a_machine_with_fewer_gpus(tmp_path):
     assert given[:2] == ["5,6", "--nproc_per_node=2"]
 
 
+def write_contracts(file: Path, contracts: int) -> None:
+    """CUAD's shape: a long text, questions that all contracts share, answers that are clauses, many without one."""
+    questions = ["where does anna live ?", "who lives in rome ?", "does the baker live in paris or berlin ?"]
+    data = []
+    for c in range(contracts):
+        words = [(PEOPLE + TOWNS + WORDS)[(c + i * i) % 40] for i in range(1500)]
+        context, qas = " ".join(words), []
+        for q, question in enumerate(questions):
+            first = 100 + 300 * q
+            answer = " ".join(words[first : first + (5, 300)[q % 2]])
+            gold = {"text": answer, "answer_start": len(" ".join(words[:first])) + 1}
+            impossible = (c + q) % 3 == 2
+            answers = {"answers": [] if impossible else [gold], "is_impossible": impossible}
+            qas.append({"id": f"{file.stem} {c} {q}", "question": question, **answers})
+        data.append({"title": f"contract {c}", "paragraphs": [{"context": context, "qas": qas}]})
+    file.write_text(json.dumps({"version": "aok_v1.0", "data": data}))
+
+
+def test_contracts(tmp_path, hub):
+    write_contracts(tmp_path / "train_separate_questions.json", 3)
+    write_contracts(tmp_path / "test.json", 2)
+    recipe = f"{ROOT / 'scripts' / 'train_contracts.sh'} --num_train_epochs 1 --negative_windows 0.5"
+    result = run_in_bash(recipe, tmp_path, hub.environment(tmp_path / "home", NPROC_PER_NODE="2"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    printed = json.loads(result.stdout[result.stdout.rindex("{") :])
+    assert (printed["total"], printed["HasAns_total"], printed["NoAns_total"]) == (6, 4, 2)
+    assert "best_f1" in printed
+    assert "Train: 9 questions, " in result.stderr
+    assert re.search(r"Train: 2 of 6 \(33.3%\) answers are longer than --max_answer_length 250 ", result.stderr)
+    assert "Validation: 2 of 2 (100.0%) contexts are longer than one window." in result.stderr
+    hold, others, kept = re.search(r"(\d+) hold an answer; of the (\d+) others (\d+) are", result.stderr).groups()
+    assert int(hold) > 0 and int(kept) == round(int(others) / 2)
+    results = json.loads((tmp_path / "contracts" / "train_results.json").read_text())
+    assert results["train_samples"] == int(hold) + int(kept)
+    ours = told_arguments([str(ROOT / "scripts" / "train_contracts.sh"), "--seed", "7"], tmp_path)
+    assert ours[1] == "--nproc_per_node=8" and ours[-2:] == ["--seed", "7"]
+
+
 def test_all_recipes_are_here():
     recipes = {path.name for path in (ROOT / "scripts").glob("train_*.sh")}
-    assert recipes == set(PUBLISHED)
+    assert recipes == {*PUBLISHED, "train_contracts.sh"}
     for recipe in recipes:
         assert os.access(ROOT / "scripts" / recipe, os.X_OK)
         assert re.match(r"#!/usr/bin/env bash\n# BERT", (ROOT / "scripts" / recipe).read_text())

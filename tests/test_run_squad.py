@@ -195,6 +195,10 @@ def test_relative_positions_start_from_an_absolute_checkpoint(inputs, caplog):
         ("--do_eval --validation_file {dev} --max_seq_length 65", ["--max_seq_length", "65", "64"]),
         ("--do_eval --validation_file {dev} --position_embedding_type sinus", ["position_embedding_type", "sinus"]),
         ("--do_eval --validation_file {dev} --n_best_size 0", ["--n_best_size", "0"]),
+        ("--do_train --train_file {train} --negative_windows 1.5", ["--negative_windows is 1.5", "from 0 to 1"]),
+        ("--do_train --train_file {train} --negative_windows -0.1", ["--negative_windows is -0.1", "from 0 to 1"]),
+        ("--do_train --train_file {train} --negative_windows nan", ["--negative_windows is nan", "from 0 to 1"]),
+        ("--do_train --train_file {unanswerable} --negative_windows 0", ["no window holds an answer"]),
         ("--do_eval --validation_file {dev} --max_seq_lenght 40", ["--max_seq_lenght", "--max_seq_length"]),
         ("--do_eval --validation_file {dev} --load_best_model_at_end --eval_strateg steps",
          ["(nearest: --eval_strategy)"]),
@@ -229,6 +233,7 @@ def test_bad_input_is_one_line_before_training(inputs, tmp_path, capsys, flags, 
         "layout": '{"questions": []}',
         "no_context": json.dumps({"data": [{"title": "t", "paragraphs": [{"qas": [bad_question]}]}]}),
         "duplicates": json.dumps({"data": [nested]}),
+        "unanswerable": json.dumps([{**bad_question, "context": "anna ."}]),
     }
     tokenizer = BertTokenizerFast.from_pretrained(inputs["absolute"])
     tokenizer.add_tokens(["more"])
@@ -339,6 +344,24 @@ def test_overwriting_removes_nothing_before_the_run_can_start(inputs, tmp_path, 
     assert {path.name for path in out.glob("checkpoint-*")} == kept
 
 
+def test_a_share_of_the_windows_without_an_answer(inputs, tmp_path, capsys, monkeypatch):
+    argv = ["--model_name_or_path", inputs["absolute"], *QUICK, "--do_train", "--train_file", inputs["dev_v2"]]
+    argv += ["--save_steps", "1", "--per_device_train_batch_size", "2"]
+    run_squad.main([*argv, "--output_dir", str(tmp_path / "out"), "--negative_windows", "0.34"])
+    assert read(tmp_path, "out", "train_results.json")["train_samples"] == 4
+    assert "Training windows: 3 hold an answer; of the 3 others 1 are trained on" in capsys.readouterr().err
+    argv += ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-1")]
+    assert "negative_windows is 1.0, was 0.34" in refusal(capsys, *argv)
+    # The seed that the order of the windows comes from draws them.
+    seeds = []
+    monkeypatch.setattr(
+        run_squad, "keep_negative_windows", lambda features, share, seed: (seeds.append((share, seed)), features)[1]
+    )
+    refusal(capsys, *argv, "--seed", "3")
+    refusal(capsys, *argv, "--seed", "3", "--data_seed", "5", "--negative_windows", "0.5")
+    assert seeds == [(1.0, 3), (0.5, 5)]
+
+
 def test_a_configuration_alone_brings_no_tokenizer(inputs, tmp_path):
     (tmp_path / "config").mkdir()
     shutil.copy(Path(inputs["absolute"], "config.json"), tmp_path / "config")
@@ -386,6 +409,7 @@ def test_misplaced_answers_are_left_out_of_training_and_named(inputs, tmp_path, 
     question["answers"][0]["answer_start"] += 1
     (tmp_path / "train.json").write_text(json.dumps(data))
     argv = ["--model_name_or_path", inputs["absolute"], "--output_dir", str(tmp_path / "out"), *QUICK, "--do_train"]
+    argv += ["--misplaced_answers", "drop"]
     run_squad.main([*argv, "--train_file", str(tmp_path / "train.json")])
     assert f"first ids: {question['id']}" in capsys.readouterr().err
     assert read(tmp_path, "out", "train_results.json")["train_samples"] == 11

@@ -29,8 +29,9 @@ def place(tmp_path) -> Path:
 
 def make_environment(folder: Path) -> None:
     (folder / "bin").mkdir(parents=True)
-    (folder / "bin" / "python").write_text(PYTHON)
-    (folder / "bin" / "python").chmod(0o755)
+    for name in ("python", "pip"):
+        (folder / "bin" / name).write_text(PYTHON)
+        (folder / "bin" / name).chmod(0o755)
     (folder / "bin" / "activate").write_text(f'export VIRTUAL_ENV={folder} PATH={folder}/bin:"$PATH"')
 
 

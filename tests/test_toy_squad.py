@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 
 from qa.load_model import POSITION_EMBEDDING_TYPES
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
-from qa.read_squad import drop_misplaced_answers, read_squad_file
+from qa.read_squad import read_squad_file
+from qa.train_questions import place_answers
 from qa.windows import WindowSettings, make_features
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +96,7 @@ def test_layout(toy, split, tmp_path):
     assert ("answers" in examples.column_names) == ("test" not in split)
     if "test" in split:
         return
-    assert len(drop_misplaced_answers(examples, split)) == len(examples)
+    assert place_answers(examples, split, "drop") == (examples, [])
     unanswered = sum(not answers["text"] for answers in examples["answers"]) / len(examples)
     assert 0.15 < unanswered < 0.35 if "v2" in split else unanswered == 0
 

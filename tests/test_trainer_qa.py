@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import launch
@@ -378,6 +379,56 @@ def test_gradient_that_is_not_finite_stops_the_run(command, tmp_path):
         line = fails([*command, "--save_steps", "1", *flags], out, 1, patch=patched(spoil_gradient))
         assert "the gradient at step 3 is not finite; questions in the batch: train-" in line
         assert steps(whole_checkpoints(out)) == [1, 2]
+
+
+# ---- Logits in evaluation ----
+
+
+def watch_logits():
+    """No batch's logits outlive the next batch; where NAN_RANK says so, that rank's of the second are not numbers."""
+    original, earlier = Trainer.prediction_step, []
+
+    def prediction_step(self, *args, **kwargs):
+        assert not any(logits() is not None for logits in earlier)
+        loss, logits, labels = original(self, *args, **kwargs)
+        if len(earlier) == 1 and os.environ.get("NAN_RANK") == os.environ.get("RANK", "0"):
+            logits[1][0, 3] = float("nan")
+        earlier.append(weakref.ref(logits[0]))
+        with open(os.environ["BATCHES"] + os.environ.get("RANK", "0"), "a") as file:
+            file.write("x")
+        return loss, logits, labels
+
+    Trainer.prediction_step = prediction_step
+
+
+@pytest.fixture
+def evaluate_only(inputs):
+    flags = "--do_eval --max_seq_length 20 --doc_stride 5 --per_device_eval_batch_size 3".split()
+    return [*flags, "--model_name_or_path", inputs["model"], "--validation_file", inputs["dev"]]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_logits_do_not_outlive_their_batch(processes, evaluate_only, evaluating, tmp_path):
+    """With any of the flags that have the Trainer keep more; in an evaluation within training as well."""
+    finish(evaluate_only, tmp_path / "plain")
+    how = {"patch": patched(watch_logits), "BATCHES": str(tmp_path / "batches")}
+    keeping = "--include_for_metrics inputs loss --eval_accumulation_steps 2 --eval_use_gather_object".split()
+    finish([*evaluate_only, *keeping], tmp_path / "kept", processes, **how)
+    assert len((tmp_path / f"batches{processes - 1}").read_text()) == 10 // processes  # 30 windows
+    answers = [read(tmp_path / out, "eval_predictions.json") for out in ("plain", "kept")]
+    assert answers[0] == answers[1] and len(answers[0]) == 10
+    if processes == 1:
+        n_best = [(tmp_path / out / "eval_nbest_predictions.json").read_bytes() for out in ("plain", "kept")]
+        assert n_best[0] == n_best[1]
+        finish(evaluating, tmp_path / "training", **how)
+
+
+@pytest.mark.parametrize("processes, nan_rank", [(1, 0), (2, 0), (2, 1), (3, 2)])
+def test_logits_that_are_not_finite_stop_the_evaluation_at_their_batch(processes, nan_rank, evaluate_only, tmp_path):
+    how = {"patch": patched(watch_logits), "BATCHES": str(tmp_path / "batches"), "NAN_RANK": str(nan_rank)}
+    line = fails(evaluate_only, tmp_path / "out", 2, processes, **how)
+    assert "the logits of 1 questions hold NaN or infinity (first ids: dev-" in line
+    assert [(tmp_path / f"batches{rank}").read_text() for rank in range(processes)] == ["xx"] * processes
 
 
 # ---- Which runs go on, and which are refused ----

@@ -3,17 +3,23 @@
 import json
 import math
 import os
+import tempfile
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils_qa import (
+    WINDOWS_PER_MERGE,
+    AnswerSearch,
+    AnswerSettings,
     NBest,
     QAPredictions,
     SquadMetric,
@@ -250,6 +256,131 @@ def test_no_questions():
         examples.select([]), features.select([]), (nothing, nothing), version_2_with_negative=True
     )
     assert (got.answers, dict(got.n_best), got.null_odds) == ({}, {}, {})
+
+
+# A batch at a time
+
+
+def search_batches(examples, features, logits, batches, dtype=None, **settings):
+    """What AnswerSearch answers from batches (lists of windows), each no wider than its longest window."""
+    search = AnswerSearch(examples, features, AnswerSettings(**settings))
+    for batch in batches:
+        width = max(features[batch]["length"])
+        tensors = (torch.from_numpy(values[batch, :width]).to(dtype) for values in logits)
+        search.keep(search.find(torch.tensor(batch), *tensors))
+    return search.predictions()
+
+
+def shuffled_batches(num_windows, size, rng):
+    order = rng.permutation(num_windows).tolist()
+    return [order[first : first + size] for first in range(0, num_windows, size)]
+
+
+def files_of(predictions) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_predictions(predictions, folder, "eval")
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def result_of(function, *args, **kwargs):
+    """The predictions and the bytes of their files; of a ValueError, which questions' logits it cannot use."""
+    try:
+        predictions = function(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return predictions.answers, predictions.null_odds, predictions.best_non_null, files_of(predictions)
+
+
+@given(cases(), st.integers(1, 7), st.booleans(), st.integers(1, 25), st.integers(1, 12), st.data())
+@settings(max_examples=100, deadline=None)
+def test_batches_give_the_bytes_that_all_logits_at_once_give(
+    case, size, version_2, n_best_size, max_answer_length, data
+):
+    examples, windows, logits = case
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    never = rng.random(np.shape(logits)) < data.draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
+    never[:, :, 0] &= not version_2
+    logits = np.where(never, np.float32(-math.inf), logits)
+    examples, features = as_datasets(examples, windows)
+    how = {
+        "version_2_with_negative": version_2,
+        "n_best_size": n_best_size,
+        "max_answer_length": max_answer_length,
+        "null_score_diff_threshold": data.draw(st.sampled_from([-2.0, 0.0, 1.5])),
+    }
+    whole = result_of(postprocess_qa_predictions, examples, features, tuple(logits), **how)
+    assert not isinstance(whole, str)
+    batches = shuffled_batches(len(windows), size, rng)
+    assert result_of(search_batches, examples, features, logits, batches, **how) == whole
+
+
+@pytest.mark.parametrize("values", [[0.0], [-1.0, -0.0, 0.0, 1.0], None])
+def test_batches_of_a_long_context_give_what_all_logits_at_once_give(values):
+    """Questions with many more windows than are merged at once, and as many questions with one."""
+    rng = np.random.default_rng(0)
+    of_question = [0] * (2 * WINDOWS_PER_MERGE) + [1] * 700 + list(range(2, 602))
+    examples = [{"id": f"q{i}", "context": CONTEXT * 2} for i in range(602)]
+    examples, features = as_datasets(examples, [{**WINDOW, "example_index": i} for i in of_question])
+    normal = rng.normal(0, 3, 100_000) if values is None else values
+    logits = rng.choice(np.float32(normal), (2, len(of_question), 7))
+    if values == [0.0]:  # null answers of equal scores, but of other logits
+        logits[:, :, 0] = rng.permuted(np.tile(np.float32([[0], [1]]), len(of_question)), axis=0)
+    whole = result_of(postprocess_qa_predictions, examples, features, tuple(logits), version_2_with_negative=True)
+    plain = plain_postprocess(examples, list(features), logits, True, 20, 30, 0.0)
+    assert whole[:3] == (plain[0], plain[2], plain[3])
+    for size in (1, 32, 1000):
+        batches = shuffled_batches(len(of_question), size, rng)
+        assert result_of(search_batches, examples, features, logits, batches, version_2_with_negative=True) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_batches_are_computed_in_float32(dtype):
+    examples, features = as_datasets([{"id": "q", "context": CONTEXT}], [WINDOW])
+    logits = np.float32([[[0, 0, 0, 256, 256, 0, 0]], [[0, 0, 0, 0, 1, 0, 0]]])
+    assert search_batches(examples, features, logits, [[0]], dtype, max_answer_length=1).answers == {"q": "met"}
+
+
+@pytest.mark.parametrize("version_2, value", [(False, math.nan), (False, math.inf), (True, -math.inf)])
+def test_the_batch_that_holds_a_broken_logit_is_refused(version_2, value):
+    examples = [{"id": f"q{i}", "context": CONTEXT} for i in range(12)]
+    examples, features = as_datasets(examples, [{**WINDOW, "example_index": i} for i in range(12)])
+    search = AnswerSearch(examples, features, AnswerSettings(version_2_with_negative=version_2))
+    for first in (0, 4):
+        window, logits = torch.arange(first, first + 4), torch.zeros(4, 7)
+        search.keep(search.find(window, logits, logits))
+    broken = torch.zeros(4, 7)
+    broken[1:3, 0] = value
+    with pytest.raises(ValueError, match=r"^the logits of 2 questions hold NaN or infinity \(first ids: q9, q10\)"):
+        search.keep(search.find(torch.arange(8, 12), torch.zeros(4, 7), broken))
+
+
+@pytest.mark.parametrize("batches", [[[0]], [], [[0, 1], [1]]])
+def test_each_window_must_come_once(batches):
+    examples, features = as_datasets([{"id": "q", "context": CONTEXT}], [WINDOW, WINDOW])
+    with pytest.raises(ValueError, match=r"windows, but the features have 2: each window must come once"):
+        search_batches(examples, features, np.zeros((2, 2, 7), np.float32), batches)
+
+
+@pytest.mark.parametrize("num_questions, per_window", [(1, 100), (20_000, 1000)])
+def test_memory_of_the_search(num_questions, per_window):
+    """Bytes a window while it goes on, for one question and for one window a question."""
+    num_windows, size, length = 20_000, 100, 64
+    context = "a" * 61
+    window = {"length": length, "context_start": 3, "char_starts": list(range(61)), "char_ends": list(range(1, 62))}
+    examples = Dataset.from_list([{"id": str(i), "context": context} for i in range(num_questions)])
+    windows = [{**window, "example_index": i * num_questions // num_windows} for i in range(num_windows)]
+    features = Dataset.from_list(windows, features=WINDOW_FEATURES)
+    logits = torch.randn(2, size, length)
+    tracemalloc.start()  # knows NumPy's memory; torch's is that of one batch, and of what stands in `_found`
+    try:
+        search = AnswerSearch(examples, features, AnswerSettings(version_2_with_negative=True))
+        for first in range(0, num_windows, size):
+            search.keep(search.find(torch.arange(first, first + size), *logits))
+            assert sum(map(len, search._found)) < WINDOWS_PER_MERGE
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < per_window * num_windows
 
 
 # Logits and features that cannot be used

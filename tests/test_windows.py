@@ -1,6 +1,8 @@
 """Windows, against transformers 4.57.6, the tokenizers themselves, and plain references; their cache; the collator."""
 
 import json
+import random
+import re
 from pathlib import Path
 
 import datasets
@@ -29,6 +31,8 @@ from qa.windows import (
     QADataCollator,
     WindowSettings,
     check_tokenizer,
+    data_limits,
+    keep_negative_windows,
     make_features,
     make_train_features,
 )
@@ -338,6 +342,164 @@ TOKENIZERS_MADE = {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Long texts, which the tokenizer sees in pieces
+
+
+def long_text(rng: random.Random) -> str:
+    words = (
+        "the king of was born 1895 Quentin café cafe\u0301 東京 😀 👩\u200d🎨 don't U.S. [SEP] </s> ， \u200b".split()
+    )
+    return "".join(rng.choice(words) + rng.choice(["", " ", "  ", "\n", "\u00a0", "-"]) for _ in range(400))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_pieces_of_a_long_text_are_tokenized_as_the_whole(name, monkeypatch):
+    tokenizer, rng = TOKENIZERS[name](), random.Random(0)
+    setting = WindowSettings(64, 16, 24)
+    texts = [long_text(rng) for _ in range(6)] + ["the king", "", "the " * 73, "the " * 75]
+    rows = [(str(i), "who", text, "", 0) for i, text in enumerate([*texts, *texts[:3]])]
+    whole = make_features(make_examples(rows), tokenizer, setting)[:]
+    monkeypatch.setattr(windows, "CHARACTERS_PER_PIECE", 300)
+    monkeypatch.setattr(windows, "PIECE_OVERLAP", 150)
+    monkeypatch.setattr(windows, "BYTES_PER_BATCH", 500)
+    monkeypatch.setattr(windows, "BATCHES_AT_ONCE", 2)
+    asked = []
+    monkeypatch.setattr(windows, "_encode", lambda encode, b, _do=windows._encode: asked.extend(b) or _do(encode, b))
+    assert make_features(make_examples(rows), tokenizer, setting, overwrite_cache=True)[:] == whole
+    # none was a text that had to be tokenized as a whole
+    assert max(len(text) for batch in asked for text in batch) == 300 + 2 * 150
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 3000,
+        "the king " + "\u6771" * 1500 + " was" * 300,
+        " " * 2000,
+        "x" * 449 + " king",
+        "the king " * 33 + "b" * 900,
+    ],
+)
+def test_pieces_of_a_text_without_places_to_cut(name, text, monkeypatch):
+    tokenizer = TOKENIZERS[name]()
+    examples = make_examples([("1", "who", text, "", 0), ("2", "who", "the king", "", 0)])
+    whole = make_features(examples, tokenizer, WindowSettings(64, 16, 24))[:]
+    monkeypatch.setattr(windows, "CHARACTERS_PER_PIECE", 300)
+    monkeypatch.setattr(windows, "PIECE_OVERLAP", 150)
+    assert make_features(examples, tokenizer, WindowSettings(64, 16, 24), overwrite_cache=True)[:] == whole
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows without an answer, and what the data cannot give
+
+
+def test_negative_windows():
+    features = make_train_features(golden_examples(), golden_tokenizer(), WindowSettings(64, 16, 24))
+    hold = [i for i, start in enumerate(features["start_positions"]) if start > 0]
+    others = [i for i in range(len(features)) if i not in hold]
+    numbered = features.add_column("number", list(range(len(features))))
+    for share in (0.0, 0.1, 0.5, 1.0):
+        kept = keep_negative_windows(numbered, share, seed=1)["number"][:]
+        assert kept == sorted(kept) and [i for i in kept if i in hold] == hold
+        assert len(kept) - len(hold) == round(share * len(others))
+        assert keep_negative_windows(numbered, share, seed=1)["number"][:] == kept
+    assert (
+        keep_negative_windows(numbered, 0.5, seed=2)["number"][:]
+        != keep_negative_windows(numbered, 0.5, 1)["number"][:]
+    )
+    assert keep_negative_windows(features, 1.0, 1)[:] == features[:]
+
+
+def test_negative_windows_of_which_none_is_left():
+    examples = make_examples([("1", "who", "the king", "", 0)])
+    features = make_train_features(examples, golden_tokenizer(), WindowSettings())
+    assert len(keep_negative_windows(features, 1.0, 0)) == 1
+    with pytest.raises(
+        ValueError, match="--negative_windows 0.0 leaves nothing to train on: no window holds an answer"
+    ):
+        keep_negative_windows(features, 0.0, 0)
+
+
+def plain_limits(rows, golds, tokenizer, setting: WindowSettings, max_answer_length: int) -> list[tuple[int, int]]:
+    """(count, of) of what data_limits tells, window by window. golds: (text, start) of each row's gold answers."""
+    longest, not_held, answered, cut, long_contexts = 0, 0, 0, 0, set()
+    for (_, question, context, _, _), answers in zip(rows, golds, strict=True):
+        spans = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        question_length = len(tokenizer(question.lstrip(), add_special_tokens=False)["input_ids"])
+        cut += question_length > setting.max_query_length
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        room = setting.max_seq_length - special - min(question_length, setting.max_query_length)
+        seen, start = [], 0
+        while True:
+            seen.append(range(start, min(start + room, len(spans))))
+            if start + room >= len(spans):
+                break
+            start += setting.doc_stride
+        if len(seen) > 1:
+            long_contexts.add(context)
+        touched = [
+            [k for k, span in enumerate(spans) if max(span[0], start) < min(span[1], start + len(text))]
+            for text, start in answers
+        ]
+        touched = [tokens for tokens in touched if tokens]
+        if touched:
+            answered += 1
+            longest += min(tokens[-1] - tokens[0] + 1 for tokens in touched) > max_answer_length
+            not_held += not any(t[0] in window and t[-1] in window for t in touched for window in seen)
+    contexts = len({row[2] for row in rows})
+    return [(longest, answered), (not_held, answered), (len(long_contexts), contexts), (cut, len(rows))]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=examples_and_settings(), more=st.lists(st.integers(0, 200), max_size=3), most=st.integers(1, 12))
+def test_limits_of_the_data(name, case, more, most):
+    rows, setting = case
+    tokenizer = TOKENIZERS_MADE.setdefault(name, TOKENIZERS[name]())
+    examples = make_examples(rows)
+    golds = [[(answer, start)] if answer else [] for *_, answer, start in rows]
+    features = make_train_features(examples, tokenizer, setting)
+    expected = plain_limits(rows, golds, tokenizer, setting, most)
+    assert limits_told(data_limits(features, most, setting.max_query_length)) == [x for x in expected if x[0]]
+    assert data_limits(features.select([0]), most, setting.max_query_length) == data_limits(
+        features, most, setting.max_query_length
+    )
+    # In evaluation one of several gold answers is enough.
+    for row, answers in zip(rows, golds, strict=True):
+        answers += [(row[2][start : start + 9], start) for start in more if start < len(row[2])]
+    several = [{"text": [a[0] for a in answers], "answer_start": [a[1] for a in answers]} for answers in golds]
+    examples = Dataset.from_list(
+        [{**row, "answers": answers} for row, answers in zip(examples, several, strict=True)], features=EXAMPLE_FEATURES
+    )
+    features = make_features(examples, tokenizer, setting)
+    expected = plain_limits(rows, golds, tokenizer, setting, most)
+    assert limits_told(data_limits(features, most, setting.max_query_length)) == [x for x in expected if x[0]]
+
+
+def limits_told(lines: list[str]) -> list[tuple[int, int]]:
+    return [tuple(map(int, re.match(r"(\d+) of (\d+) \(", line).groups())) for line in lines]
+
+
+def test_limits_are_told_from_the_cache_too(monkeypatch):
+    examples = make_examples(
+        [("1", "who who who", "the king " * 40, "king the king", 4), ("2", "who", "the king was old", "king", 4)]
+    )
+    setting = WindowSettings(max_seq_length=30, doc_stride=10, max_query_length=2)
+    lines = data_limits(make_train_features(examples, golden_tokenizer(), setting), 2, 2)
+    assert lines == [
+        "1 of 2 (50.0%) answers are longer than --max_answer_length 2 and can never be given",
+        "1 of 2 (50.0%) contexts are longer than one window",
+        "1 of 2 (50.0%) questions are cut at --max_query_length 2",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(windows, "_tokenize_contexts", None)
+        assert data_limits(make_train_features(examples, golden_tokenizer(), setting), 2, 2) == lines
+    alone = make_train_features(examples.select([1]), golden_tokenizer(), setting, overwrite_cache=True)
+    assert data_limits(alone, 2, 2) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What is refused
 
 
@@ -443,6 +605,18 @@ def test_any_change_makes_new_features(datasets_cache):
     # ids and titles are in no feature
     make_train_features(make_examples([("other", *row[1:])]), *base[1:])
     assert len(cache_files(datasets_cache)) == len(variants)
+
+
+def test_the_hash_of_the_data_is_that_of_earlier_versions(monkeypatch):
+    """Checkpoints hold it: with another one no run that an earlier version began could go on."""
+    monkeypatch.setattr("tokenizers.__version__", "0")
+    settings = WindowSettings(32, 8, 12)
+    for make, expected in (
+        (make_train_features, "cache-train-features-91c923b40c7e19830e4861e7ccf655f4"),
+        (make_features, "cache-eval-features-a00a361c79b601eec02206fc1821d951"),
+    ):
+        features = make(golden_examples(), golden_tokenizer(), settings)
+        assert Path(features.cache_files[0]["filename"]).name.startswith(f"{expected}-v")
 
 
 def test_same_texts_in_other_rows_differ(datasets_cache):
