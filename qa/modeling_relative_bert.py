@@ -298,7 +298,7 @@ class RelativeBertSelfAttention(nn.Module):
         mask = additive_mask(mask, query.dtype)
         sdpa = self.config._attn_implementation == "sdpa"
         dropout = self.dropout.p if self.training else 0.0
-        if sdpa and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        if sdpa and query.device.type == "cpu" and not torch.compiler.is_compiling() and not fits_cache(query):
             inputs = (query, key, value, query_rows, key_rows)
             save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
             return RelativeAttention.apply(*inputs, mask, dropout, save).reshape(batch, length, -1), None
@@ -449,6 +449,12 @@ class RelativeAttention(torch.autograd.Function):
         query_rows_grad = query_rows_grad[:num_rows]
         key_rows_grad = None if key_rows is None else key_rows_grad[:num_rows]
         return query_grad, key_grad, value_grad, query_rows_grad, key_rows_grad, None, None, None
+
+
+def fits_cache(query: torch.Tensor) -> bool:
+    """Whether all heads together make one of `head_groups`, and one of `query_blocks`: then there is nothing to cut."""
+    batch, heads, length, size = query.shape
+    return length <= BLOCK_QUERIES and batch * heads * length * (length + size) <= GROUP_ELEMENTS
 
 
 def head_groups(query: torch.Tensor):
