@@ -182,6 +182,7 @@ class QuestionAnsweringTrainer(Trainer):
                     prediction_loss_only=False,
                     metric_key_prefix=prefix,
                 )
+            search.merge()  # where all processes notice what is not finite
         finally:
             self._search = None
             if not self.is_in_train:

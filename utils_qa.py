@@ -161,6 +161,7 @@ class AnswerSearch:
         # The best spans of each question so far, best first: those of question i are best[i, :num_best[i]].
         self.best = np.zeros((len(self.ids), settings.n_best_size), _SPAN)
         self.num_best = np.zeros(len(self.ids), np.int32)
+        self.lowest = np.full(len(self.ids), -np.inf, np.float32)  # score that a span has to reach to be one of them
         self.nulls = np.full(len(self.ids), np.array((-1, -1, -1, np.inf, np.inf), _SPAN))
         self.num_windows = 0  # kept so far
         self._found: list[torch.Tensor] = []  # and not merged into `best` yet
@@ -171,11 +172,11 @@ class AnswerSearch:
         window: (batch,) int, rows of the features; start_logits, end_logits: (batch, padded length), any float type.
         Returns an int32 tensor of shape (batch, 4 + 4 n_best_size), which processes can gather; `_unpack` explains it.
         """
-        start_logits, end_logits = start_logits.float(), end_logits.float()
-        bounds = self.bounds[window]
-        length, n = bounds[:, :1], self.settings.n_best_size
-        inside = torch.arange(start_logits.shape[1], device=bounds.device) < length
-        usable = ((start_logits <= LARGEST_LOGIT) & (end_logits <= LARGEST_LOGIT) | ~inside).all(dim=1)
+        bounds, n = self.bounds[window], self.settings.n_best_size
+        outside = torch.arange(start_logits.shape[1], device=bounds.device) >= bounds[:, :1]
+        start_logits = start_logits.float().masked_fill(outside, -math.inf)
+        end_logits = end_logits.float().masked_fill(outside, -math.inf)
+        usable = (start_logits.amax(dim=1) <= LARGEST_LOGIT) & (end_logits.amax(dim=1) <= LARGEST_LOGIT)  # not if NaN
         null = torch.stack([start_logits[:, 0], end_logits[:, 0]], dim=1)
         if self.settings.version_2_with_negative:
             usable &= (null >= -LARGEST_LOGIT).all(dim=1)
@@ -193,11 +194,11 @@ class AnswerSearch:
             self._check(found)
         self._found.append(found)
         if sum(map(len, self._found)) >= WINDOWS_PER_MERGE:
-            self._merge()
+            self.merge()
 
     def predictions(self) -> QAPredictions:
         """The answers, once all windows are kept. Raises ValueError where some are not."""
-        self._merge()
+        self.merge()
         if self.num_windows != len(self.example):
             raise ValueError(
                 f"there are logits of {self.num_windows} windows, but the features have {len(self.example)}: "
@@ -215,7 +216,8 @@ class AnswerSearch:
                 "the model diverged or overflowed; use an earlier checkpoint or a wider dtype"
             )
 
-    def _merge(self) -> None:
+    def merge(self) -> None:
+        """Compares what was kept with the best so far; raises as `keep`. `predictions` does it too."""
         if not self._found:
             return
         found = torch.cat(self._found).cpu()
@@ -229,22 +231,27 @@ class AnswerSearch:
 
     def _keep_best(self, spans: np.ndarray) -> None:
         """spans: (spans,) of _SPAN; those of one window stand together, best first."""
+        # take, compress and put are many times faster than an index here, where an entry is a record.
         n = self.settings.n_best_size
         example = self.example[spans["window"]]
-        lowest = np.where(self.num_best[example] == n, _score(self.best[example, -1]), -np.inf)
-        spans = spans[_score(spans) >= lowest]
+        spans = spans.compress(_score(spans) >= self.lowest[example])
 
         touched = np.unique(self.example[spans["window"]])
-        earlier = self.best[touched][np.arange(n) < self.num_best[touched, None]]
+        earlier = self.best.take(touched, axis=0).ravel()
+        earlier = earlier.compress((np.arange(n) < self.num_best[touched, None]).ravel())
         spans = np.concatenate([earlier, spans])
-        example = self.example[spans["window"]]
-        # Stable: equal scores go by window, and within one by rank.
-        best_first = np.lexsort((spans["window"], -_score(spans), example))
-        spans, example = spans[best_first], example[best_first]
-        rank = np.arange(len(spans)) - np.searchsorted(example, example)
+        order = np.argsort(spans["window"], kind="stable")  # equal scores go by window, and within one by rank
+        example = self.example[spans["window"][order]]
+        order = order[best_first(example, _score(spans)[order])]
+        spans, example = spans.take(order), np.sort(example)
+        first = np.searchsorted(example, touched)
+        counts = np.diff(first, append=len(example))
+        rank = np.arange(len(spans)) - np.repeat(first, counts)
         keep = rank < n
-        self.best[example[keep], rank[keep]] = spans[keep]
-        self.num_best[touched] = np.minimum(np.bincount(np.searchsorted(touched, example), minlength=len(touched)), n)
+        self.best.put((example * n + rank)[keep], spans.compress(keep))
+        self.num_best[touched] = np.minimum(counts, n)
+        full = touched[counts >= n]
+        self.lowest[full] = _score(self.best.take(full * n + n - 1))
 
     def _keep_lowest(self, nulls: np.ndarray) -> None:
         """The null answer of a question is its window's with the lowest score, the first if several have it."""
@@ -259,7 +266,8 @@ class AnswerSearch:
         """The answers to QUESTIONS_PER_PIECE questions."""
         piece = slice(first, min(first + QUESTIONS_PER_PIECE, len(self.ids)))
         ids = self.ids[piece]
-        spans = self.best[piece][np.arange(self.settings.n_best_size) < self.num_best[piece, None]]
+        given = np.arange(self.settings.n_best_size) < self.num_best[piece, None]
+        spans = self.best[piece].ravel().compress(given.ravel())
         char_start, char_end = _characters(self._characters, spans)
         start_logit, end_logit = spans["start_logit"], spans["end_logit"]
         example = self.example[spans["window"]] - first
@@ -373,6 +381,15 @@ def _score(spans: np.ndarray) -> np.ndarray:
     return spans["start_logit"] + spans["end_logit"]
 
 
+def best_first(example: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """(spans,) int64: the order by example, and in it by falling score; what is equal in both stays as it stands.
+
+    example: (spans,) int; score: (spans,) float32. Two sorts of what is nearly in order, as here, take less than one
+    `lexsort`.
+    """
+    return np.argsort((example.astype(np.int64) << 32) - _sortable(torch.from_numpy(score)).numpy(), kind="stable")
+
+
 def best_spans(
     start_logits: torch.Tensor,
     end_logits: torch.Tensor,
@@ -382,14 +399,14 @@ def best_spans(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best spans of each window, best first; see AnswerSearch.
 
-    start_logits, end_logits: (batch, padded length) float32. bounds: (batch, 3), the window's tokens and the positions
-    of the context's first token and after its last one. Returns start and end positions side by side, int32 of shape
-    (batch, 2 n_best_size) with -1 where there are fewer spans, and their start and end logits, float32, likewise.
+    start_logits, end_logits: (batch, padded length) float32, -inf at padding. bounds: (batch, 3), the window's tokens
+    and the positions of the context's first token and after its last one. Returns start and end positions side by side,
+    int32 of shape (batch, 2 n_best_size) with -1 where there are fewer spans, and their start and end logits, float32,
+    likewise.
     """
-    length, context_start, context_end = bounds[:, :1], bounds[:, 1:2], bounds[:, 2:]
-    outside = torch.arange(start_logits.shape[1], device=bounds.device) >= length
-    start_logit, start = _largest(start_logits.masked_fill(outside, -math.inf), n_best_size)  # (batch, n)
-    end_logit, end = _largest(end_logits.masked_fill(outside, -math.inf), n_best_size)
+    context_start, context_end = bounds[:, 1:2], bounds[:, 2:]
+    start_logit, start = _largest(start_logits, n_best_size)  # (batch, n)
+    end_logit, end = _largest(end_logits, n_best_size)
 
     start_score = start_logit.masked_fill((start < context_start) | (start >= context_end), -math.inf)
     end_score = end_logit.masked_fill(end >= context_end, -math.inf)
@@ -416,14 +433,26 @@ def _largest(values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     values: (rows, columns). Returns values and columns, (rows, min(n, columns)).
     """
     num_columns = values.shape[1]
-    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
-    # Bits of floats, read as integers, sort like the floats once those of negative ones, all but the sign, are flipped.
-    bits ^= (bits >> 31) & 0x7FFFFFFF
     # One integer that sorts like (value, lower column first) makes topk, which is not stable, exact about ties.
     later = torch.arange(num_columns - 1, -1, -1, device=values.device)
-    top = torch.add(later, bits.long(), alpha=2**32).topk(min(n, num_columns), dim=1).values
+    keys = torch.add(later, _sortable(values), alpha=2**32)
+    n = min(n, num_columns)
+    if keys.device.type == "cpu":  # several times faster there
+        top = np.partition(keys.numpy(), num_columns - n, axis=1)[:, num_columns - n :]
+        top = torch.from_numpy(np.sort(top, axis=1)[:, ::-1].copy())
+    else:
+        top = keys.topk(n, dim=1).values
     columns = num_columns - 1 - (top & 0xFFFFFFFF)
     return values.gather(1, columns), columns
+
+
+def _sortable(values: torch.Tensor) -> torch.Tensor:
+    """An int64 of 32 bits for each float32, which sorts like it.
+
+    Bits of floats, read as integers, sort like the floats once those of negative ones, all but the sign, are flipped.
+    """
+    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
 
 
 def _unpack(found: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -469,8 +498,8 @@ def _n_best(spans: _Candidates, nulls: _Candidates | None, n_best_size: int, num
     if nulls is not None:
         spans = _Candidates(*(np.concatenate(columns) for columns in zip(spans, nulls, strict=True)))
     # A stable sort: equal scores keep the order of windows and ranks, and the null answer comes last among equals.
-    best_first = np.lexsort((-spans.score, spans.example))
-    candidates = _Candidates(*(column[best_first] for column in spans))
+    order = best_first(spans.example, spans.score)
+    candidates = _Candidates(*(column[order] for column in spans))
     bounds = np.searchsorted(candidates.example, np.arange(num_examples))
     rank = np.arange(len(candidates.example)) - bounds[candidates.example]
     keep = (rank < n_best_size) | (candidates.char_start < 0)
