@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import os
+import sys
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from utils_qa import Texts, distinct_texts
 
 logger = logging.getLogger(__name__)
 
-FEATURES_VERSION = 3  # part of every cache file's name: raise it when other features are made of the same questions
+FEATURES_VERSION = 4  # part of every cache file's name: raise it when other features are made of the same questions
 
 TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer,
 BYTES_PER_BATCH = 2**19  # and of how many bytes together, unless it is one text: bounds the memory of what it returns
@@ -102,7 +104,8 @@ def make_features(
     """One row a window, with what turns tokens back into text; otherwise as `make_train_features`.
 
     Instead of labels: context_start int32, the window position of the first context token; char_starts and char_ends
-    list<int32>, one entry for each context token of the window: character offsets into the context, end exclusive.
+    list<int32>, one entry for each context token of the window: character offsets into the context, end exclusive;
+    combining marks that the tokenizer drops go with the letter before them.
     """
     return _cached_features(examples, tokenizer, windows, False, num_proc, overwrite_cache, desc)
 
@@ -113,7 +116,7 @@ class Tokens(NamedTuple):
     offsets: np.ndarray  # (num_texts + 1,) int64
     ids: np.ndarray  # (num_tokens,) int32
     char_starts: np.ndarray  # (num_tokens,) int32
-    char_ends: np.ndarray  # (num_tokens,) int32, exclusive
+    char_ends: np.ndarray  # (num_tokens,) int32, exclusive; after the marks that go with the token's last letter
 
 
 class Spans(NamedTuple):
@@ -243,10 +246,40 @@ def _tokenize_contexts(texts: pa.Array, backend: tokenizers.Tokenizer, num_proc:
     num_pieces = -(-(pc.utf8_length(texts).to_numpy() - PIECE_OVERLAP) // CHARACTERS_PER_PIECE)
     num_pieces = np.maximum(num_pieces, 1).astype(np.int64)  # (num_texts,)
     if num_pieces.max() == 1:
-        return _context_tokens_of(texts, backend, num_proc, desc)
+        return _with_marks(_context_tokens_of(texts, backend, num_proc, desc), texts)
     pieces = [texts.slice(i, 1) if n == 1 else _pieces(texts[i].as_py(), n) for i, n in enumerate(num_pieces.tolist())]
     tokens = _context_tokens_of(pa.concat_arrays(pieces), backend, num_proc, desc)
-    return _join_pieces(tokens, num_pieces, texts, backend)
+    return _with_marks(_join_pieces(tokens, num_pieces, texts, backend), texts)
+
+
+def _with_marks(tokens: Tokens, texts: pa.Array) -> Tokens:
+    """Tokens that end after the combining marks which stand behind them and which no token holds.
+
+    A tokenizer that strips accents drops such marks, but a letter without its marks is not what the text says.
+    """
+    marked = np.flatnonzero(pc.match_substring_regex(texts, r"\p{M}").to_numpy(zero_copy_only=False))
+    if not len(marked):
+        return tokens
+    char_ends = tokens.char_ends.copy()
+    for text in marked.tolist():
+        here = slice(tokens.offsets[text], tokens.offsets[text + 1])
+        starts, ends = tokens.char_starts[here], tokens.char_ends[here]
+        characters = np.frombuffer(texts[text].as_py().encode("utf-32-le"), np.uint32)
+        length = len(characters)
+        in_tokens = np.bincount(starts, minlength=length + 1) - np.bincount(ends, minlength=length + 1)
+        dropped = _is_mark()[characters] & (np.cumsum(in_tokens)[:length] == 0)
+        # From each place on, where the next character is that is no dropped mark.
+        after = np.append(np.where(dropped, length, np.arange(length)), length)
+        after = np.minimum.accumulate(after[::-1])[::-1]
+        char_ends[here] = np.where(starts < ends, after[ends], ends)
+    return tokens._replace(char_ends=char_ends)
+
+
+@functools.cache
+def _is_mark() -> np.ndarray:
+    """Of each code point, whether it is a combining mark (Unicode's categories Mn, Mc and Me)."""
+    marks = (unicodedata.category(chr(code)).startswith("M") for code in range(sys.maxunicode + 1))
+    return np.fromiter(marks, bool, sys.maxunicode + 1)
 
 
 def _pieces(text: str, num_pieces: int) -> pa.LargeStringArray:

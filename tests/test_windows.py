@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -36,6 +37,7 @@ from qa.windows import (
     make_features,
     make_train_features,
 )
+from utils_qa import postprocess_qa_predictions
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("features.json").read_text(encoding="utf-8"))
 
@@ -92,6 +94,19 @@ TOKENIZERS = {
     "roberta": roberta_tokenizer,
     "modernbert": modernbert_tokenizer,
 }
+
+
+def with_marks(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Each token's characters, and after them the combining marks that are in no token."""
+    in_tokens = {character for span in spans for character in range(*span)}
+    whole = []
+    for start, end in spans:
+        while (
+            start < end < len(text) and end not in in_tokens and unicodedata.category(text[end]) in ("Mn", "Mc", "Me")
+        ):
+            end += 1
+        whole.append((start, end))
+    return whole
 
 
 def windows_by_example(features: Dataset, num_examples: int) -> list[list[dict]]:
@@ -211,7 +226,11 @@ def test_windows_equal_the_tokenizers_own(name):
             context = [k for k, sequence in enumerate(expected.sequence_ids(i)) if sequence == 1]
             assert list(range(at["context_start"], at["context_start"] + len(at["char_starts"]))) == (context or [])
             spans = [expected["offset_mapping"][i][k] for k in context]
-            assert list(zip(at["char_starts"], at["char_ends"], strict=True)) == spans
+            whole = reference(example["context"], add_special_tokens=False, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
+            whole = dict(zip(whole, with_marks(example["context"], whole), strict=True))
+            assert list(zip(at["char_starts"], at["char_ends"], strict=True)) == [whole[span] for span in spans]
             label = (window["start_positions"], window["end_positions"])
             assert label == label_of_window(example, context, spans, reference), example["id"]
     assert compared > 70
@@ -308,7 +327,8 @@ def test_every_token_is_covered_and_labels_contain_the_answer(name, case):
     for example, our_labelled, our_located in zip(examples, labelled, located, strict=True):
         context = example["context"]
         whole = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = list(zip(whole["input_ids"], whole["offset_mapping"], strict=True))
+        spans = with_marks(context, whole["offset_mapping"])
+        tokens = list(zip(whole["input_ids"], spans, strict=True))
         covered = []
         for i, window in enumerate(our_located):
             assert window["length"] == len(window["input_ids"]) <= setting.max_seq_length
@@ -339,6 +359,72 @@ def test_every_token_is_covered_and_labels_contain_the_answer(name, case):
 
 
 TOKENIZERS_MADE = {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Letters with combining marks, which some tokenizers drop
+
+MARKED = {  # the answer is the word in brackets
+    "Hindi": "कोच [जॉन एलवे] थे।",
+    "Hindi, at the end": "कोच [जॉन एलवे]",
+    "Arabic": "قال [أولاً] ثم",
+    "Hebrew": "[שָׁלוֹם] רב",
+    "Vietnamese, decomposed": unicodedata.normalize("NFD", "ở [Hà Nội], Việt"),
+    "Vietnamese, composed": unicodedata.normalize("NFC", "ở [Hà Nội], Việt"),
+    "two marks": "an [e\u0323\u0302] here",
+    "enclosing mark": "number [7\u20dd] of",
+    "variation selector": "a [snowman \u2603\ufe0f] there",
+}
+
+
+def uncased_tokenizer(strip_accents: bool = True) -> BertTokenizer:
+    """WordPieces of one character each, for all that the texts come to without their marks, and with them."""
+    text = "".join(MARKED.values()) + "why?"
+    characters = sorted(set(unicodedata.normalize("NFD", text).lower() + text.lower()) - {" "})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{each}" for each in characters)]
+    return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, strip_accents=strip_accents)
+
+
+def answers_of_right_logits(examples: Dataset, tokenizer, setting: WindowSettings) -> dict[str, str]:
+    """What is answered if the labels that are trained on have the highest logits."""
+    train, features = make_train_features(examples, tokenizer, setting), make_features(examples, tokenizer, setting)
+    logits = torch.zeros(2, len(train), setting.max_seq_length)
+    for kind, name in enumerate(("start_positions", "end_positions")):
+        logits[kind, range(len(train)), train[name][:]] = 9.0
+    return postprocess_qa_predictions(examples, features, tuple(logits.numpy())).answers
+
+
+@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("max_seq_length", [64, 20])
+@pytest.mark.parametrize("strip_accents", [True, False])
+def test_an_answer_has_its_last_mark(strip_accents, max_seq_length, name):
+    before, answer, after = re.split(r"[\[\]]", MARKED[name])
+    tokenizer = uncased_tokenizer(strip_accents)
+    examples = make_examples([("1", "why?", before + answer + after, answer, len(before))])
+    assert answers_of_right_logits(examples, tokenizer, WindowSettings(max_seq_length, 4, 8)) == {"1": answer}
+    plain = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    dropped = strip_accents and unicodedata.category(answer[-1]) == "Mn"
+    assert (plain[-1][1] < len(answer)) == dropped  # what the tokenizer alone would say
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(
+        st.text("ab é\u0301\u0323\u093e\u0947\u20dd\u200d.\u2603\ufe0f", max_size=60), min_size=1, max_size=4
+    )
+)
+def test_a_mark_in_no_token_goes_with_the_letter_before_it(pieces, texts):
+    tokenizer = uncased_tokenizer()
+    examples = make_examples((str(i), "why?", text, "", 0) for i, text in enumerate(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        if pieces:
+            patch.setattr(windows, "CHARACTERS_PER_PIECE", 16)
+            patch.setattr(windows, "PIECE_OVERLAP", 8)
+        features = make_features(examples, tokenizer, WindowSettings(128, 32), overwrite_cache=True)
+    for text, window in zip(texts, features, strict=True):
+        own = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        assert list(zip(window["char_starts"], window["char_ends"], strict=True)) == with_marks(text, own)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
