@@ -250,8 +250,8 @@ class QATrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None and (self.load_best_model_at_end or needs_metric):
             self.metric_for_best_model = "f1"
         best = self.metric_for_best_model
-        if best is not None and best.removeprefix("eval_") not in METRIC_NAMES:
-            raise ValueError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}")
+        if best is not None and best.removeprefix("eval_") not in (*METRIC_NAMES, "loss"):
+            raise ValueError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}, loss")
         if self.ddp_backend is not None and not any(name in os.environ for name in LAUNCHER_VARIABLES):
             logger.warning("--ddp_backend %s has no effect: without torchrun there is one process.", self.ddp_backend)
             self.ddp_backend = None

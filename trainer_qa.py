@@ -189,7 +189,7 @@ class QuestionAnsweringTrainer(Trainer):
         return search, speed_metrics(prefix, start_time, num_samples=len(features))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As `Trainer.prediction_step`, but keeps the best spans, and no logits for the Trainer to keep."""
+        """As `Trainer.prediction_step`, but keeps best spans and losses, and no logits for the Trainer to keep."""
         window = inputs.pop("window")
         loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         found = self._search.find(window.to(self.args.device), *logits[:2])
@@ -208,8 +208,28 @@ class QuestionAnsweringTrainer(Trainer):
 
     def _answer(self, features, examples, prefix: str) -> dict[str, float]:
         search, metrics = self.find_answers(features, examples, prefix)
-        scores = on_main_process(lambda: self.post_process_function(examples, search.predictions(), prefix))
+
+        def score():
+            scores = self.post_process_function(examples, search.predictions(), prefix)
+            return {**scores, **self._loss(search, prefix)}
+
+        scores = on_main_process(score)
         return {**{f"{prefix}_{name}": value for name, value in scores.items()}, **metrics}
+
+    def _loss(self, search: AnswerSearch, prefix: str) -> dict[str, float]:
+        """The loss as a metric, where there are labels and it is finite. Raises TrainingError where it must be."""
+        loss = search.loss()
+        if loss is None or math.isfinite(loss):
+            return {} if loss is None else {"loss": loss}
+        ids = search.unlikely_ids()
+        message = (
+            f"there is no {prefix}_loss: the model rules out the gold answers to {len(ids)} questions, or that windows "
+            f"hold none (first ids: {', '.join(ids[:5])}; a logit is -inf)"
+        )
+        if self.is_in_train and (self.args.metric_for_best_model or "").removeprefix("eval_") == "loss":
+            raise TrainingError(f"{message}; choose another --metric_for_best_model")
+        logger.warning("%s.", message)
+        return {}
 
     def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
         """Answers the evaluation questions and returns the metrics, their names prefixed (`eval_f1`)."""
@@ -576,7 +596,7 @@ class NamedProgress(ProgressCallback):
             for name, value in logs.items()
             if isinstance(value, float)
             and name not in ("epoch", "total_flos")
-            and (not name.startswith("eval_") or name in ("eval_exact", "eval_f1"))
+            and (not name.startswith("eval_") or name in ("eval_exact", "eval_f1", "eval_loss"))
         }
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {numbers}")
