@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
@@ -269,8 +269,13 @@ class QuestionAnsweringTrainer(Trainer):
 
     def _run_epoch(self, **kwargs):
         # A run may end within an epoch; the Trainer would make one step more when it resumes from that end.
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        if skip_scheduler and self._resumed_from is not None:
+            return {}  # --eval_on_start, which has been and would count a second time for the patience
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         example_index = inputs.pop("example_index", None)
@@ -427,7 +432,10 @@ class QuestionAnsweringTrainer(Trainer):
             load_weights(self.model, self.state.best_model_checkpoint)
 
     def resume(self) -> None:
-        """Goes on with what the checkpoint holds beside the Trainer's own: the sums of the loss, an evaluation due."""
+        """Goes on with what the checkpoint holds beside the Trainer's own.
+
+        That is the sums of the loss, the evaluations without improvement, and one that was put off.
+        """
         self.first_step = self.state.global_step
         self._step_losses.clear()  # of a step that was given up, with --auto_find_batch_size
         if self._resumed_from is None:
@@ -443,10 +451,21 @@ class QuestionAnsweringTrainer(Trainer):
         self._total_loss_scalar = loss_state["total_loss"]
         self._globalstep_last_logged = loss_state["last_logged"]
         self.nonfinite_steps = loss_state["nonfinite_steps"]
+        self._resume_early_stopping()
         if loss_state["evaluation_due"]:
             folder = self._checkpoint_folder()
             if self._determine_best_metric(self._evaluate(None, None), None) and os.path.isdir(folder):
                 self.state.best_model_checkpoint = folder
+
+    def _resume_early_stopping(self) -> None:
+        """Counts on from the checkpoint, by the patience of this command, which may be another."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                # A run without early stopping has left nothing, which the next save would miss.
+                saved = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+                callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+                if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
+                    self.control.should_training_stop = True  # the run was killed on its way out
 
     # ---- Processes ----
 
