@@ -277,6 +277,9 @@ class QATrainingArguments(TrainingArguments):
         if self.use_cpu or torch.cuda.is_available():
             meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
         super().__post_init__()
+        if self.greater_is_better and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            # Both wait for a number that falls, unless they are told.
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.world_size > 1 and not self.accelerator_config.even_batches:
             raise ValueError(
                 "--accelerator_config even_batches false would leave processes waiting for each other: leave it out"

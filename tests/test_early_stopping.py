@@ -6,6 +6,7 @@ from pathlib import Path
 
 import launch
 import pytest
+import torch
 from launch import At
 from tiny import tiny_bert, tiny_questions
 
@@ -220,3 +221,15 @@ def test_the_best_model_is_that_of_the_lowest_loss(name, command, tmp_path):
     assert len(result["losses"]) == 6 and best[0] not in (3, 18)
     assert result["best"] == best[::-1] and result["model"] == result["best model"]
     assert result["eval_loss"] == pytest.approx(best[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("metric, mode", [("loss", "min"), ("f1", "max")])
+def test_a_plateau_is_of_no_fall_in_loss_and_of_no_rise_in_f1(metric, mode, command, tmp_path):
+    """Else the learning rate would sink while f1 rises."""
+    command = [flag for flag in command if flag != "--load_best_model_at_end"]
+    command += ["--lr_scheduler_type", "reduce_lr_on_plateau", "--metric_for_best_model", metric, "--max_steps", "3"]
+    finish(command, tmp_path)
+    scheduler = torch.load(tmp_path / "checkpoint-3" / "scheduler.pt", weights_only=True)
+    assert scheduler["mode"] == mode and scheduler["last_epoch"] == 1
+    if metric == "loss":
+        assert scheduler["best"] == LOSSES[3]
