@@ -43,7 +43,7 @@ from qa.processes import (
     was_restarted,
 )
 from qa.read_squad import load_examples
-from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags
+from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags, warn_of_misplaced_golds
 from qa.windows import (
     QADataCollator,
     WindowSettings,
@@ -528,6 +528,8 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
             raise ValueError(f"{source}: no question has the key 'answers', which {split} needs")
         if split != "test":
             warn_of_flags(split, questions, source, data_args.version_2_with_negative)
+        if split == "validation":
+            warn_of_misplaced_golds(questions, source)
         if split == "train":
             questions, answer_changes = place_answers(questions, source, data_args.misplaced_answers)
         examples[split] = questions if most is None else questions.select(range(min(most, len(questions))))

@@ -186,6 +186,22 @@ def test_of_many_windows_in_any_batches_it_is_exactly_the_same():
     assert len(found) == 1 and found.pop() == pytest.approx(expected, abs=1e-6)
 
 
+def test_gold_answers_that_do_not_stand_at_their_place_are_named(inputs, tmp_path):
+    """They change neither what is scored nor what is evaluated; a text alone is labelled as no answer."""
+    rows = read(inputs["dev"])
+    rows[5]["answers"]["answer_start"][0] += 1
+    for row in rows[10:12]:
+        row["answers"] = row["answers"]["text"]
+    (tmp_path / "dev.json").write_text(json.dumps(rows))
+    flags = ["--model_name_or_path", inputs["absolute"], "--validation_file"]
+    done = evaluate(tmp_path / "out", *flags, tmp_path / "dev.json")
+    assert "3 of 19 validation questions have a first answer that does not stand" in done.err[0]
+    assert "first ids: q5, q10, q11\n" in done.err[0]
+    evaluate(tmp_path / "plain", *flags, inputs["dev"])
+    results, plain = (read(tmp_path, out, "eval_results.json") for out in ("out", "plain"))
+    assert results["eval_f1"] == plain["eval_f1"] and results["eval_loss"] != plain["eval_loss"]
+
+
 # ---- A gold answer that the model rules out ----
 
 
