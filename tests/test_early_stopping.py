@@ -128,6 +128,15 @@ def test_a_killed_run_stops_at_the_same_step(moment, command, never_killed, tmp_
     assert outcome(tmp_path) == never_killed(*PATIENCE)
 
 
+def test_the_trainers_own_way_of_restoring_callbacks_changes_nothing(command, never_killed, tmp_path):
+    command = [*command, *PATIENCE, "--restore_callback_states_from_checkpoint"]
+    for moment in ("between evaluations, two without improvement", "saved, not stopped"):
+        out = tmp_path / moment
+        launch.run(*command, "--output_dir", out, at=MOMENTS[moment], **SCRIPTED)
+        finish(command, out)
+        assert outcome(out) == never_killed(*PATIENCE)
+
+
 def test_killed_again_and_again_with_two_processes(command, never_killed, tmp_path):
     command = [*command, *PATIENCE]
     for at in (
