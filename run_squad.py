@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import TrainerState
 
@@ -43,7 +43,7 @@ from qa.processes import (
     was_restarted,
 )
 from qa.read_squad import load_examples
-from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags
+from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags, warn_of_misplaced_golds
 from qa.windows import (
     QADataCollator,
     WindowSettings,
@@ -221,12 +221,23 @@ class QATrainingArguments(TrainingArguments):
         default=0,
         metadata={"help": "Skip at most N steps whose loss is not finite, instead of stopping at the first."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after N evaluations in a row in which --metric_for_best_model has not improved."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much it must improve to count as improved."}
+    )
 
     def __post_init__(self):
         if self.output_dir is None:
             raise ValueError("--output_dir is missing: name the folder that the model and the results go to")
         check_at_least_1(
-            self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+            self,
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "early_stopping_patience",
         )
         if not torch.accelerator.is_available():
             # Unset, every process under torchrun would be a world of its own and train alone into the same folder.
@@ -246,18 +257,29 @@ class QATrainingArguments(TrainingArguments):
             raise ValueError("--enable_jit_checkpoint is always on here: SIGTERM saves a checkpoint. Leave it out")
         if self.run_name is None:  # a tracker's name for the run, under which its parts come together
             self.run_name = os.path.basename(os.path.normpath(self.output_dir))
+        stops_early = self.early_stopping_patience is not None
+        if stops_early and self.eval_strategy == "no":
+            raise ValueError("--early_stopping_patience needs evaluations: give --eval_strategy epoch or steps as well")
+        if not stops_early and self.early_stopping_threshold:
+            raise ValueError("--early_stopping_threshold has no effect without --early_stopping_patience: leave it out")
+        if not 0 <= self.early_stopping_threshold < math.inf:
+            raise ValueError(f"--early_stopping_threshold is {self.early_stopping_threshold}, must be 0 or more")
         needs_metric = self.save_strategy == "best" or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        needs_metric = needs_metric or stops_early
         if self.metric_for_best_model is None and (self.load_best_model_at_end or needs_metric):
             self.metric_for_best_model = "f1"
         best = self.metric_for_best_model
-        if best is not None and best.removeprefix("eval_") not in METRIC_NAMES:
-            raise ValueError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}")
+        if best is not None and best.removeprefix("eval_") not in (*METRIC_NAMES, "loss"):
+            raise ValueError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}, loss")
         if self.ddp_backend is not None and not any(name in os.environ for name in LAUNCHER_VARIABLES):
             logger.warning("--ddp_backend %s has no effect: without torchrun there is one process.", self.ddp_backend)
             self.ddp_backend = None
         if self.use_cpu or torch.cuda.is_available():
             meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
         super().__post_init__()
+        if self.greater_is_better and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            # Both wait for a number that falls, unless they are told.
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.world_size > 1 and not self.accelerator_config.even_batches:
             raise ValueError(
                 "--accelerator_config even_batches false would leave processes waiting for each other: leave it out"
@@ -393,6 +415,11 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
     best = (training_args.metric_for_best_model or "").removeprefix("eval_")
     if best.startswith(("best_", "NoAns_")) and not data_args.version_2_with_negative:
         raise ValueError(f"--metric_for_best_model {best} is there with --version_2_with_negative only")
+    if training_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
+        logger.warning(
+            "--early_stopping_patience without --load_best_model_at_end: the model will be that of the last step, not "
+            "the best one."
+        )
 
     installed = get_available_reporting_integrations()
     for tracker in training_args.report_to:
@@ -501,6 +528,8 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
             raise ValueError(f"{source}: no question has the key 'answers', which {split} needs")
         if split != "test":
             warn_of_flags(split, questions, source, data_args.version_2_with_negative)
+        if split == "validation":
+            warn_of_misplaced_golds(questions, source)
         if split == "train":
             questions, answer_changes = place_answers(questions, source, data_args.misplaced_answers)
         examples[split] = questions if most is None else questions.select(range(min(most, len(questions))))
@@ -542,6 +571,10 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
             return {}
         return squad_scores(examples, predictions, data_args.null_score_diff_threshold)
 
+    callbacks = []
+    if training_args.early_stopping_patience is not None:
+        patience = training_args.early_stopping_patience, training_args.early_stopping_threshold
+        callbacks.append(EarlyStoppingCallback(*patience))
     half_precision = training_args.fp16 or training_args.bf16
     return QuestionAnsweringTrainer(
         model=model,
@@ -564,6 +597,7 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
         ),
         post_process_function=post_process,
         run_settings=settings,
+        callbacks=callbacks,
         train_ids=examples["train"]["id"] if "train" in examples else None,
         max_nonfinite_steps=training_args.max_nonfinite_steps,
     )

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
@@ -190,7 +190,7 @@ class QuestionAnsweringTrainer(Trainer):
         return search, speed_metrics(prefix, start_time, num_samples=len(features))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As `Trainer.prediction_step`, but keeps the best spans, and no logits for the Trainer to keep."""
+        """As `Trainer.prediction_step`, but keeps best spans and losses, and no logits for the Trainer to keep."""
         window = inputs.pop("window")
         loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         found = self._search.find(window.to(self.args.device), *logits[:2])
@@ -209,8 +209,28 @@ class QuestionAnsweringTrainer(Trainer):
 
     def _answer(self, features, examples, prefix: str) -> dict[str, float]:
         search, metrics = self.find_answers(features, examples, prefix)
-        scores = on_main_process(lambda: self.post_process_function(examples, search.predictions(), prefix))
+
+        def score():
+            scores = self.post_process_function(examples, search.predictions(), prefix)
+            return {**scores, **self._loss(search, prefix)}
+
+        scores = on_main_process(score)
         return {**{f"{prefix}_{name}": value for name, value in scores.items()}, **metrics}
+
+    def _loss(self, search: AnswerSearch, prefix: str) -> dict[str, float]:
+        """The loss as a metric, where there are labels and it is finite. Raises TrainingError where it must be."""
+        loss = search.loss()
+        if loss is None or math.isfinite(loss):
+            return {} if loss is None else {"loss": loss}
+        ids = search.unlikely_ids()
+        message = (
+            f"there is no {prefix}_loss: the model rules out the gold answers to {len(ids)} questions, or that windows "
+            f"hold none (first ids: {', '.join(ids[:5])}; a logit is -inf)"
+        )
+        if self.is_in_train and (self.args.metric_for_best_model or "").removeprefix("eval_") == "loss":
+            raise TrainingError(f"{message}; choose another --metric_for_best_model")
+        logger.warning("%s.", message)
+        return {}
 
     def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
         """Answers the evaluation questions and returns the metrics, their names prefixed (`eval_f1`)."""
@@ -250,8 +270,13 @@ class QuestionAnsweringTrainer(Trainer):
 
     def _run_epoch(self, **kwargs):
         # A run may end within an epoch; the Trainer would make one step more when it resumes from that end.
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        if skip_scheduler and self._resumed_from is not None:
+            return {}  # --eval_on_start, which has been and would count a second time for the patience
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         example_index = inputs.pop("example_index", None)
@@ -408,7 +433,10 @@ class QuestionAnsweringTrainer(Trainer):
             load_weights(self.model, self.state.best_model_checkpoint)
 
     def resume(self) -> None:
-        """Goes on with what the checkpoint holds beside the Trainer's own: the sums of the loss, an evaluation due."""
+        """Goes on with what the checkpoint holds beside the Trainer's own.
+
+        That is the sums of the loss, the evaluations without improvement, and one that was put off.
+        """
         self.first_step = self.state.global_step
         self._step_losses.clear()  # of a step that was given up, with --auto_find_batch_size
         if self._resumed_from is None:
@@ -424,10 +452,21 @@ class QuestionAnsweringTrainer(Trainer):
         self._total_loss_scalar = loss_state["total_loss"]
         self._globalstep_last_logged = loss_state["last_logged"]
         self.nonfinite_steps = loss_state["nonfinite_steps"]
+        self._resume_early_stopping()
         if loss_state["evaluation_due"]:
             folder = self._checkpoint_folder()
             if self._determine_best_metric(self._evaluate(None, None), None) and os.path.isdir(folder):
                 self.state.best_model_checkpoint = folder
+
+    def _resume_early_stopping(self) -> None:
+        """Counts on from the checkpoint, by the patience of this command, which may be another."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                # A run without early stopping has left nothing, which the next save would miss.
+                saved = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+                callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+                if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
+                    self.control.should_training_stop = True  # the run was killed on its way out
 
     # ---- Processes ----
 
@@ -577,7 +616,7 @@ class NamedProgress(ProgressCallback):
             for name, value in logs.items()
             if isinstance(value, float)
             and name not in ("epoch", "total_flos")
-            and (not name.startswith("eval_") or name in ("eval_exact", "eval_f1"))
+            and (not name.startswith("eval_") or name in ("eval_exact", "eval_f1", "eval_loss"))
         }
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {numbers}")

@@ -26,6 +26,7 @@ import torch
 QUESTIONS_PER_PIECE = 512  # whose texts are read, and whose n-best lists are written, at once
 WINDOWS_PER_CHUNK = 64  # windows searched at once: the spans of one chunk stay in the processor's cache
 WINDOWS_PER_MERGE = 256  # windows whose spans are fetched from an accelerator and compared with the best at once
+GOLD = ("gold_start", "gold_end")  # columns of features: the labels of evaluation, which no model takes as inputs
 LARGEST_LOGIT = np.finfo(np.float32).max / 2  # the sum of two still is a float32
 
 
@@ -131,11 +132,12 @@ class AnswerSearch:
     answered by "" (at logits 0.0), where run_qa.py writes "empty".
 
     Scores are computed in float32; probabilities are a float64 softmax over the scores of the n-best list. Of logits
-    nothing is kept but the n best spans of each question, 20 bytes each.
+    nothing is kept but the n best spans of each question, 20 bytes each, and the loss of each window, 4 bytes.
 
     Args:
         examples: columns id and context. Gold answers are not read and need not be there.
-        features: columns example_index, length, context_start, char_starts, char_ends; windows in any order.
+        features: columns example_index, length, context_start, char_starts, char_ends, and for `loss` gold_start and
+            gold_end; windows in any order.
         device: where the logits will be.
 
     Raises ValueError for features that are not those of `examples`: a question without a window (names it).
@@ -158,6 +160,11 @@ class AnswerSearch:
         context_end = context_start + _list_lengths(features, "char_starts")
         # (windows, 3) int32: tokens of the window, positions of the first context token and after the last one.
         self.bounds = torch.from_numpy(np.stack([self.lengths, context_start, context_end], axis=1)).to(device)
+        self.labels = self.losses = None
+        if set(GOLD) <= set(features.column_names):
+            labels = np.stack([_column(features, name).to_numpy() for name in GOLD], axis=1)  # (windows, 2) int32
+            self.labels = torch.from_numpy(labels).to(device)
+            self.losses = np.full(len(self.lengths), np.nan, np.float32)
         # The best spans of each question so far, best first: those of question i are best[i, :num_best[i]].
         self.best = np.zeros((len(self.ids), settings.n_best_size), _SPAN)
         self.num_best = np.zeros(len(self.ids), np.int32)
@@ -171,6 +178,7 @@ class AnswerSearch:
 
         window: (batch,) int, rows of the features; start_logits, end_logits: (batch, padded length), any float type.
         Returns an int32 tensor of shape (batch, 4 + 4 n_best_size), which processes can gather; `_unpack` explains it.
+        With labels it has one column more, the loss of each window.
         """
         bounds, n = self.bounds[window], self.settings.n_best_size
         outside = torch.arange(start_logits.shape[1], device=bounds.device) >= bounds[:, :1]
@@ -181,8 +189,12 @@ class AnswerSearch:
         if self.settings.version_2_with_negative:
             usable &= (null >= -LARGEST_LOGIT).all(dim=1)
         positions, logits = best_spans(start_logits, end_logits, bounds, n, self.settings.max_answer_length)
-        window, usable = window[:, None].int(), usable[:, None].int()
-        return torch.cat([window, usable, null.view(torch.int32), positions, logits.view(torch.int32)], dim=1)
+        columns = [window[:, None].int(), usable[:, None].int(), null.view(torch.int32), positions]
+        columns.append(logits.view(torch.int32))
+        if self.labels is not None:
+            losses = window_losses(start_logits, end_logits, self.labels[window].long())
+            columns.append(losses[:, None].view(torch.int32))
+        return torch.cat(columns, dim=1)
 
     def keep(self, found: torch.Tensor) -> None:
         """Keeps what `find` found in some windows, each of which must come once.
@@ -207,6 +219,20 @@ class AnswerSearch:
         pieces = [self._predict(first) for first in range(0, max(len(self.ids), 1), QUESTIONS_PER_PIECE)]
         return _join(pieces, self.ids)
 
+    def loss(self) -> float | None:
+        """The mean of `window_losses` over all windows, once they are kept; None for features without labels.
+
+        Summed in the order of the windows, so that it does not depend on their batches. It is infinite or NaN where
+        the logit of a label is -inf, which `keep` lets pass.
+        """
+        self.merge()
+        return None if self.losses is None else float(self.losses.mean(dtype=np.float64))
+
+    def unlikely_ids(self) -> list[str]:
+        """The questions that have a window whose loss is not finite, as `loss` then is not."""
+        self.merge()
+        return [self.ids[i] for i in np.unique(self.example[~np.isfinite(self.losses)])]
+
     def _check(self, found: torch.Tensor) -> None:
         window, usable = found[:, :2].T.numpy()
         if not usable.all():
@@ -225,6 +251,8 @@ class AnswerSearch:
         self._check(found)
         self.num_windows += len(found)
         nulls, spans = _unpack(found.numpy(), self.settings.n_best_size)
+        if self.losses is not None:
+            self.losses[nulls["window"]] = found[:, -1].numpy().view(np.float32)
         self._keep_best(spans[spans["start"] >= 0])
         if self.settings.version_2_with_negative:
             self._keep_lowest(nulls)
@@ -427,6 +455,20 @@ def best_spans(
     return torch.cat(columns[:2], dim=1).int(), torch.cat(columns[2:], dim=1)
 
 
+def window_losses(start_logits: torch.Tensor, end_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss that each window would have in training, were it alone in its batch: (batch,) float32.
+
+    That is the mean of the cross entropies of start and end, as in `BertForQuestionAnswering`, over the window's own
+    tokens. start_logits, end_logits: (batch, padded length) float32, -inf at padding; labels: (batch, 2) int64, first
+    and last token.
+    """
+    start, end = (
+        torch.nn.functional.cross_entropy(logits, position, reduction="none")
+        for logits, position in zip((start_logits, end_logits), labels.T, strict=True)
+    )
+    return (start + end) / 2
+
+
 def _largest(values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The n largest float32 values of each row and their columns, descending; equal values by column.
 
@@ -468,7 +510,7 @@ def _unpack(found: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     nulls["start"] = nulls["end"] = -1
     nulls["start_logit"], nulls["end_logit"] = found[:, 2:4].view(np.float32).T
     spans["start"], spans["end"] = found[:, 4 : 4 + n], found[:, 4 + n : 4 + 2 * n]
-    logits = found[:, 4 + 2 * n :].view(np.float32)
+    logits = found[:, 4 + 2 * n : 4 + 4 * n].view(np.float32)
     spans["start_logit"], spans["end_logit"] = logits[:, :n], logits[:, n:]
     return nulls, spans
 

@@ -154,6 +154,17 @@ def misplaced_answers(examples: Dataset, repair: bool) -> dict[int, dict]:
     return dict(sorted(changes.items()))
 
 
+def warn_of_misplaced_golds(examples: Dataset, source: str) -> None:
+    """Logs one line where first gold answers of "validation", which stay as they are, do not stand at their place."""
+    ids = [change["id"] for change in misplaced_answers(examples, repair=False).values()]
+    if ids:
+        logger.warning(
+            f"{source}: {len(ids)} of {len(examples)} validation questions have a first answer that does not stand at "
+            f"its answer_start: eval_loss takes what stands there for the answer, exact and f1 take the text; first "
+            f"ids: {', '.join(ids[:IDS_SHOWN])}"
+        )
+
+
 def _with_repaired_answers(examples: Dataset, changes: dict[int, dict]) -> Dataset:
     """With the context's own characters as the first answers of the rows that are repaired."""
     answers = examples.with_format("arrow", columns=["answers"])[:]["answers"].to_pylist()

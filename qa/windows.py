@@ -28,7 +28,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from qa.read_squad import arrow_notes, write_arrow
-from utils_qa import Texts, distinct_texts
+from utils_qa import GOLD, Texts, distinct_texts
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ def make_features(
     Instead of labels: context_start int32, the window position of the first context token; char_starts and char_ends
     list<int32>, one entry for each context token of the window: character offsets into the context, end exclusive;
     combining marks that the tokenizer drops go with the letter before them.
+    Where `examples` have a column answers, gold_start and gold_end int32 are what the labels would be in training; a
+    model that was given labels would compute a loss of its own, over the padding too.
     """
     return _cached_features(examples, tokenizer, windows, False, num_proc, overwrite_cache, desc)
 
@@ -445,16 +447,18 @@ def _window_tables(
     context_start = before + windows.question_length + between
     columns = {"length": context_start + windows.length + after, "example_index": windows.example}
     first, last = (None, None) if answers is None else _answer_tokens(answers, context_tokens)
-    if labelled:
-        if missed := np.count_nonzero((answers.start >= 0) & (first < 0)):
-            logger.warning(f"{missed} answers are made of characters that the tokenizer drops: trained on as no answer")
+    if labelled and (missed := np.count_nonzero((answers.start >= 0) & (first < 0))):
+        logger.warning(f"{missed} answers are made of characters that the tokenizer drops: trained on as no answer")
+    if answers is not None:
+        answered, first_gold = np.unique(answers.example, return_index=True)
         spans = np.full((2, len(context_row)), -1)
-        spans[:, answers.example] = first, last
+        spans[:, answered] = first[first_gold], last[first_gold]
         first_here, last_here = spans[:, windows.example] - windows.start
         inside = (spans[0, windows.example] >= 0) & (first_here >= 0) & (last_here < windows.length)
-        columns["start_positions"] = np.where(inside, context_start + first_here, 0)
-        columns["end_positions"] = np.where(inside, context_start + last_here, 0)
-    else:
+        names = ("start_positions", "end_positions") if labelled else GOLD
+        for name, token_here in zip(names, (first_here, last_here), strict=True):
+            columns[name] = np.where(inside, context_start + token_here, 0)
+    if not labelled:
         columns["context_start"] = context_start
     limits = _limits(
         windows, context_row, np.diff(question_tokens.offsets)[question_row], answers, first, last, settings

@@ -63,6 +63,7 @@ class Run(NamedTuple):
     null_odds: list[float] | None  # by question; None for version 1
     null_threshold: float
     loss: list[tuple[int, float]]  # (step, value), as below
+    eval_loss: list[tuple[int, float]]
     f1: list[tuple[int, float]]
     no_windows_because: str | None
 
@@ -122,7 +123,7 @@ def read_run(args: argparse.Namespace) -> Run:
     metrics = squad_scores(examples, QAPredictions(answers, n_best, null_odds, best_non_null), threshold)
     num_windows, no_windows_because = count_windows(examples, folder, settings)
     state = _read_json(folder / "trainer_state.json") or {}
-    loss, f1 = (_history(state, name) for name in ("loss", "eval_f1"))
+    loss, eval_loss, f1 = (_history(state, name) for name in ("loss", "eval_loss", "eval_f1"))
     if not f1 and state.get("global_step"):
         f1 = [(state["global_step"], metrics["f1"])]
     return Run(
@@ -132,6 +133,7 @@ def read_run(args: argparse.Namespace) -> Run:
         null_odds=None if null_odds is None else [null_odds[id_] for id_ in examples["id"]],
         null_threshold=threshold,
         loss=loss,
+        eval_loss=eval_loss,
         f1=f1,
         no_windows_because=no_windows_because,
     )
@@ -425,6 +427,25 @@ def curve(points: list[tuple[int, float]], last_step: int, name: str, y_range, d
     return svg(area.height, f"{name} over steps, at the end {value:.4g}", parts)
 
 
+def loss_chart(training: list[tuple[int, float]], evaluation: list[tuple[int, float]], last_step: int) -> str:
+    """Both losses on the same axes, with the last value of each in the legend; `training` may be empty."""
+    highest = max(value for _, value in [*training, *evaluation])
+    area = plane((0, last_step), (0, 1.08 * highest or 1), "", "loss over steps", 120)
+    parts, last = [*area.parts], []
+    for name, points, kind, end in (
+        ("training", training, "dark", WIDTH - 128),
+        ("evaluation", evaluation, "evaluation", WIDTH),
+    ):
+        if points:
+            last.append(f"{name} {points[-1][1]:.4g}")
+            key = end - 14 - 6.5 * len(last[-1])
+            parts.append(f'<rect x="{key:.1f}" y="2" width="9" height="9" rx="2" class="{kind}"/>')
+            parts += [text(end, 11, last[-1], "muted", "end"), line(area, points, f"line {kind}-line")]
+    for step, value in evaluation:
+        parts.append(dot(area, step, value, 3.5, f"step {step}: evaluation loss {value:.4g}", "dot evaluation"))
+    return svg(area.height, f"loss over steps, at the end {', '.join(last)}", parts)
+
+
 def calibration_chart(bins: list[tuple[float, float, int]]) -> str:
     area = plane((0, 1), (0, 1), "probability that the model gives its answer", "share of exact answers", 200)
     most = max(count for *_, count in bins)
@@ -516,11 +537,13 @@ def card(title: str, body: str, note: str = "", subtitle: str = "") -> str:
 
 
 def training_card(run: Run) -> str:
-    if not run.loss and not run.f1:
+    if not (run.loss or run.eval_loss or run.f1):
         return card("Training", "", "This folder holds no trainer_state.json: the model was trained elsewhere.")
-    last_step = max(step for step, _ in [*run.loss, *run.f1])
+    last_step = max(step for step, _ in [*run.loss, *run.eval_loss, *run.f1])
     charts = ""
-    if run.loss:
+    if run.eval_loss:
+        charts += loss_chart(run.loss, run.eval_loss, last_step)
+    elif run.loss:
         charts += curve(run.loss, last_step, "loss", (0, 1.08 * max(value for _, value in run.loss) or 1), dots=False)
     if run.f1:
         charts += curve(run.f1, last_step, "f1", (0, 100), dots=True)
@@ -672,9 +695,10 @@ svg text.muted { fill: var(--muted); font-size: 12px; }
 svg text.strong { font-weight: 600; }
 .track { fill: var(--line); opacity: .55; } .light { fill: var(--light); } .dark { fill: var(--dark); }
 .grid { stroke: var(--line); } .line { fill: none; stroke: var(--dark); stroke-width: 2; stroke-linejoin: round; }
+.evaluation { fill: var(--pred-line); } .evaluation-line { stroke: var(--pred-line); }
 .diagonal { stroke: var(--muted); stroke-dasharray: 4 4; }
 .dot { fill: var(--dark); stroke: var(--card); stroke-width: 1.5; }
-.dot.used { fill: var(--pred-line); } .dot.best { fill: var(--gold-line); }
+.dot.used, .dot.evaluation { fill: var(--pred-line); } .dot.best { fill: var(--gold-line); }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 50%; background: var(--gold-line); }
  .key.used { background: var(--pred-line); }
 .note, .muted, .id, dt { color: var(--muted); font-size: 13px; } .note { margin: 6px 0 0; }

@@ -68,7 +68,7 @@ def write_hostile_run(folder: Path) -> None:
     tiny_bert(folder)
     write_run(folder, rows, null_odds, max_seq_length=48, doc_stride=16, max_query_length=8)
     history = [{"step": 10 * i, "loss": 4 / i} for i in range(1, 40)]
-    history += [{"step": 100 * i, "eval_f1": 20.0 * i} for i in range(1, 4)]
+    history += [{"step": 100 * i, "eval_f1": 20.0 * i, "eval_loss": 5.0 - i / 7} for i in range(1, 4)]
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 390, "log_history": history}))
 
 
@@ -84,12 +84,14 @@ class Reader(HTMLParser):
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)
         self.tags, self.attributes, self.characters, self.kind = [], [], [], None
+        self.elements = []  # (tag, attributes)
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
+        self.elements.append((tag, attrs))
         if tag == "mark":
             self.kind = dict(attrs)["class"]
 
@@ -137,6 +139,9 @@ def test_report_of_a_run(version_2, tmp_path, capsys):
     state = json.loads((out / "trainer_state.json").read_text())
     assert [step for step, _ in run.loss] == list(range(1, state["global_step"] + 1))
     assert len(run.f1) == 2
+    evaluated = [(entry["step"], entry["eval_loss"]) for entry in state["log_history"] if "eval_loss" in entry]
+    assert run.eval_loss == evaluated and len(evaluated) == 2
+    assert f"evaluation {evaluated[-1][1]:.4g}" in page.text and f"training {run.loss[-1][1]:.4g}" in page.text
 
 
 def test_page_stands_alone(tmp_path):
@@ -149,6 +154,36 @@ def test_page_stands_alone(tmp_path):
     assert "url(" not in report.STYLE and "@import" not in report.STYLE
     for text in HOSTILE_TEXTS:
         assert page.text.count(text) >= 6
+
+
+def losses_of(folder: Path, history: list[dict]) -> Reader:
+    """The card of the training of a run with this history."""
+    rows = [{"id": "1", "question": "?", "context": "a b", "golds": ["a"], "n_best": [("a", 1.0, 0)]}]
+    write_run(folder, rows)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 4, "log_history": history}))
+    return Reader(report.training_card(report.read_run(report.make_parser().parse_args([str(folder)]))))
+
+
+def test_both_losses_share_their_axes(tmp_path):
+    training = [{"step": step, "loss": 2 / step} for step in range(1, 5)]
+    evaluations = [{"step": 2, "eval_loss": 4.0, "eval_f1": 1.0}, {"step": 4, "eval_loss": 1.0, "eval_f1": 2.0}]
+
+    def lines(card, kind):
+        places = [dict(attributes)["points"] for tag, attributes in card.elements if tag == "polyline"
+                  and kind in dict(attributes)["class"].split()]  # fmt: skip
+        return [[tuple(map(float, place.split(","))) for place in line.split()] for line in places]
+
+    both = losses_of(tmp_path / "both", training + evaluations)
+    ((*_, trained),), (((x, y), (x_end, y_end)),) = lines(both, "dark-line"), lines(both, "evaluation-line")
+    assert trained[0] == x_end == 2 * x - 38  # the same steps; the axis begins at 38
+    # A loss has its height from the bottom, at 142: 0.5 at the end of training, then 4 and 1.
+    assert [round((142 - height) / (142 - trained[1]), 1) for height in (y, y_end)] == [8, 2]
+    assert "training 0.5" in both.text and "evaluation 1" in both.text
+
+    alone = losses_of(tmp_path / "alone", training + [{"step": step, "eval_f1": 2.0} for step in (2, 4)])
+    assert "evaluation" not in alone.text and not lines(alone, "evaluation-line") and len(lines(alone, "line")) == 2
+    unlogged = losses_of(tmp_path / "unlogged", evaluations)
+    assert "evaluation 1" in unlogged.text and "training 0" not in unlogged.text and lines(unlogged, "evaluation-line")
 
 
 def test_a_run_of_which_little_is_known(tmp_path):

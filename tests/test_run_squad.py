@@ -488,6 +488,6 @@ def test_the_screen_of_a_run(inputs, tmp_path):
     steps = [line.strip() for line in done.stdout.splitlines() if "step " in line]
     assert [line.split("  ")[0] for line in steps] == ["step 2/3", "step 3/3"]
     assert re.fullmatch(rf"step 2/3  epoch 0.67  loss {number}  grad_norm {number}  learning_rate {number}", steps[0])
-    assert re.fullmatch(rf"step 3/3  epoch 1.00  eval_exact {number}  eval_f1 {number}", steps[1])
+    assert re.fullmatch(rf"step 3/3  epoch 1.00  eval_exact {number}  eval_f1 {number}  eval_loss {number}", steps[1])
     assert {bar for bar in ("Training", "Answering") if f"{bar}: 100%" in done.stderr} == {"Training", "Answering"}
     assert "Warning" not in done.stderr and done.stdout.count('"f1"') == 1
