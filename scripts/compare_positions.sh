@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Trains the three position types on the toy SQuAD at the same budget, and compares them: a table of f1, and a picture
-# of f1 over steps. A seed decides the paragraphs, the first weights and the order of training. About twenty minutes on
-# 2 cores; a comparison that was interrupted goes on with the same command.
+# of f1 over steps. A seed decides the paragraphs, the first weights and the order of training. Then asks the trained
+# models about longer texts, which they read in windows of the length they were trained in and, with relative positions,
+# in one long window: another table and picture. About half an hour on 2 cores; a comparison that was interrupted goes
+# on with the same command.
 #
 #   bash scripts/compare_positions.sh [OUTPUT_DIR] [flags of run_squad.py]
 #
-# SEEDS: the seeds ("0 1 2"). TRAIN_PARAGRAPHS: the size of the toy SQuAD (10000).
+# SEEDS: the seeds ("0 1 2"). TRAIN_PARAGRAPHS: the size of the toy SQuAD (10000). TIMES: the lengths of the longer
+# texts, in windows of training ("1 2 4 8 16"; "" leaves them out).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 output_dir=compare_positions_output
@@ -17,7 +20,8 @@ PYTHONPATH="$root/scripts:${PYTHONPATH:-}" python -c "import compare_positions" 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 mkdir -p "$output_dir"
-budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "$@")"
+window=48 # tokens; the models have positions for no more
+budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "max_position_embeddings=$window" "$@")"
 begun=("$output_dir"/seed-*/*/run_state.json)
 if [[ -f ${begun[0]} && $(cat "$output_dir/budget.txt") != "$budget" ]]; then
     echo "compare_positions.sh: error: $output_dir holds a comparison with other flags: name another folder" >&2
@@ -26,11 +30,21 @@ fi
 printf '%s\n' "$budget" >"$output_dir/budget.txt"
 
 seeds="${SEEDS:-0 1 2}"
+times="${TIMES-1 2 4 8 16}"
+lengths=()
+for factor in $times; do
+    lengths+=("$((factor * window))")
+done
 for seed in $seeds; do
     toy_squad="$output_dir/seed-$seed/toy_squad_${TRAIN_PARAGRAPHS:-10000}"
-    if [[ ! -f $toy_squad/relative_key_query/tokenizer_config.json ]]; then # the last file of it
+    needed=("${lengths[@]/#/$toy_squad/validation_}")
+    needed=("${needed[@]/%/.json}" "$toy_squad/relative_key_query/tokenizer_config.json") # the last file of it
+    if ! ls "${needed[@]}" &>/dev/null; then
         python "$root/scripts/make_toy_squad.py" "$toy_squad" \
-            --seed "$seed" --train_paragraphs "${TRAIN_PARAGRAPHS:-10000}"
+            --seed "$seed" \
+            --train_paragraphs "${TRAIN_PARAGRAPHS:-10000}" \
+            --max_position_embeddings "$window" \
+            ${lengths:+--validation_lengths "${lengths[@]}"}
     fi
     for position_type in absolute relative_key relative_key_query; do
         run="$output_dir/seed-$seed/$position_type"
@@ -51,7 +65,7 @@ for seed in $seeds; do
             --lr_scheduler_type constant_with_warmup \
             --adam_beta2 0.98 \
             --train_sampling_strategy random \
-            --max_seq_length 48 \
+            --max_seq_length "$window" \
             --doc_stride 24 \
             --logging_steps 200 \
             --eval_strategy steps \
@@ -62,5 +76,32 @@ for seed in $seeds; do
             "$@"
     done
 done
+for seed in $seeds; do
+    for factor in $times; do
+        for position_type in absolute relative_key relative_key_query; do
+            run="$output_dir/seed-$seed/$position_type"
+            ways=("windows $window")
+            if [[ $position_type != absolute && $factor -gt 1 ]]; then # at 1 they are the same
+                ways+=("one_window $((factor * window))")
+            fi
+            for way in "${ways[@]}"; do
+                read -r name length <<<"$way"
+                asked="$run/texts_x$factor/$name"
+                if [[ -f $asked/eval_results.json ]]; then # the last file of it
+                    continue
+                fi
+                python "$root/run_squad.py" \
+                    --per_device_eval_batch_size 64 \
+                    "$@" \
+                    --model_name_or_path "$run" \
+                    --validation_file "$output_dir/seed-$seed/toy_squad_${TRAIN_PARAGRAPHS:-10000}/validation_$((factor * window)).json" \
+                    --do_eval \
+                    --max_seq_length "$length" \
+                    --doc_stride 24 \
+                    --output_dir "$asked"
+            done
+        done
+    done
+done
 # shellcheck disable=SC2086
-python "$root/scripts/compare_positions.py" "$output_dir" $seeds
+python "$root/scripts/compare_positions.py" "$output_dir" $seeds ${times:+--times $times}
