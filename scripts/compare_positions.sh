@@ -19,8 +19,18 @@ fi
 PYTHONPATH="$root/scripts:${PYTHONPATH:-}" python -c "import compare_positions" # is matplotlib there?
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-mkdir -p "$output_dir"
 window=48 # tokens; the models have positions for no more
+times="${TIMES-1 2 4 8 16}"
+lengths=()
+for factor in $times; do
+    if [[ ! $factor =~ ^[1-9][0-9]*$ ]]; then
+        echo "compare_positions.sh: error: TIMES holds $factor: give whole numbers from 1, such as \"1 2 4\"" >&2
+        exit 2
+    fi
+    lengths+=("$((factor * window))")
+done
+
+mkdir -p "$output_dir"
 budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "max_position_embeddings=$window" "$@")"
 begun=("$output_dir"/seed-*/*/run_state.json)
 if [[ -f ${begun[0]} && $(cat "$output_dir/budget.txt") != "$budget" ]]; then
@@ -30,11 +40,6 @@ fi
 printf '%s\n' "$budget" >"$output_dir/budget.txt"
 
 seeds="${SEEDS:-0 1 2}"
-times="${TIMES-1 2 4 8 16}"
-lengths=()
-for factor in $times; do
-    lengths+=("$((factor * window))")
-done
 for seed in $seeds; do
     toy_squad="$output_dir/seed-$seed/toy_squad_${TRAIN_PARAGRAPHS:-10000}"
     needed=("${lengths[@]/#/$toy_squad/validation_}")
@@ -48,45 +53,39 @@ for seed in $seeds; do
     fi
     for position_type in absolute relative_key relative_key_query; do
         run="$output_dir/seed-$seed/$position_type"
-        if grep -qs '"status": "finished"' "$run/run_state.json"; then
-            continue
+        if ! grep -qs '"status": "finished"' "$run/run_state.json"; then
+            python "$root/run_squad.py" \
+                --model_name_or_path "$toy_squad/$position_type" \
+                --train_file "$toy_squad/train.json" \
+                --validation_file "$toy_squad/validation.json" \
+                --do_train \
+                --do_eval \
+                --num_train_epochs 1 \
+                --per_device_train_batch_size 32 \
+                --per_device_eval_batch_size 64 \
+                --learning_rate 7e-4 \
+                --warmup_steps 0.05 \
+                --lr_scheduler_type constant_with_warmup \
+                --adam_beta2 0.98 \
+                --train_sampling_strategy random \
+                --max_seq_length "$window" \
+                --doc_stride 24 \
+                --logging_steps 200 \
+                --eval_strategy steps \
+                --eval_steps 200 \
+                --save_strategy no \
+                --seed "$seed" \
+                --output_dir "$run" \
+                "$@"
         fi
-        python "$root/run_squad.py" \
-            --model_name_or_path "$toy_squad/$position_type" \
-            --train_file "$toy_squad/train.json" \
-            --validation_file "$toy_squad/validation.json" \
-            --do_train \
-            --do_eval \
-            --num_train_epochs 1 \
-            --per_device_train_batch_size 32 \
-            --per_device_eval_batch_size 64 \
-            --learning_rate 7e-4 \
-            --warmup_steps 0.05 \
-            --lr_scheduler_type constant_with_warmup \
-            --adam_beta2 0.98 \
-            --train_sampling_strategy random \
-            --max_seq_length "$window" \
-            --doc_stride 24 \
-            --logging_steps 200 \
-            --eval_strategy steps \
-            --eval_steps 200 \
-            --save_strategy no \
-            --seed "$seed" \
-            --output_dir "$run" \
-            "$@"
-    done
-done
-for seed in $seeds; do
-    for factor in $times; do
-        for position_type in absolute relative_key relative_key_query; do
-            run="$output_dir/seed-$seed/$position_type"
-            ways=("windows $window")
-            if [[ $position_type != absolute && $factor -gt 1 ]]; then # at 1 they are the same
-                ways+=("one_window $((factor * window))")
-            fi
-            for way in "${ways[@]}"; do
-                read -r name length <<<"$way"
-                asked="$run/texts_x$factor/$name"
+        for factor in $times; do
+            length=$((factor * window))
+            for way in "windows $window" "one_window $length"; do
+                read -r way max_seq_length <<<"$way"
+                if [[ $way == one_window && ($position_type == absolute || $factor == 1) ]]; then
+                    continue # more positions than there are; the same as windows
+                fi
+                asked="$run/texts_x$factor/$way"
                 if [[ -f $asked/eval_results.json ]]; then # the last file of it
                     continue
                 fi
@@ -94,9 +93,9 @@ for seed in $seeds; do
                     --per_device_eval_batch_size 64 \
                     "$@" \
                     --model_name_or_path "$run" \
-                    --validation_file "$output_dir/seed-$seed/toy_squad_${TRAIN_PARAGRAPHS:-10000}/validation_$((factor * window)).json" \
+                    --validation_file "$toy_squad/validation_$length.json" \
                     --do_eval \
-                    --max_seq_length "$length" \
+                    --max_seq_length "$max_seq_length" \
                     --doc_stride 24 \
                     --output_dir "$asked"
             done

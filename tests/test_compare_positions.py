@@ -32,6 +32,11 @@ def test_a_small_comparison(tmp_path):
     out = tmp_path / "out"
     refused = compare(str(out), *SMALL, "--max_stepz", "4")
     assert refused.returncode == 2 and "(nearest: --max_steps)" in refused.stderr
+    for times in ("2 0", "1.5"):
+        refused = compare(str(tmp_path / "none"), *SMALL, TIMES=times)
+        message = f"error: TIMES holds {times.split()[-1]}: give whole numbers from 1"
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and message in refused.stderr
+        assert not (tmp_path / "none").exists()
     result = compare(str(out), *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
