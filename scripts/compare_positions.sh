@@ -2,7 +2,7 @@
 # Trains the three position types on the toy SQuAD at the same budget, and compares them: a table of f1, and a picture
 # of f1 over steps. A seed decides the paragraphs, the first weights and the order of training. Then asks the trained
 # models about longer texts, which they read in windows of the length they were trained in and, with relative positions,
-# in one long window: another table and picture. About half an hour on 2 cores; a comparison that was interrupted goes
+# in one long window: another table and picture. About 40 minutes on 2 cores; a comparison that was interrupted goes
 # on with the same command.
 #
 #   bash scripts/compare_positions.sh [OUTPUT_DIR] [flags of run_squad.py]
