@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Trains the three position types on the toy SQuAD at the same budget, and compares them: a table of f1, and a picture
-# of f1 over steps. A seed decides the paragraphs, the first weights and the order of training. About twenty minutes on
-# 2 cores; a comparison that was interrupted goes on with the same command.
+# of f1 over steps. A seed decides the paragraphs, the first weights and the order of training. Then asks the trained
+# models about longer texts, which they read in windows of the length they were trained in and, with relative positions,
+# in one long window: another table and picture. About 40 minutes on 2 cores; a comparison that was interrupted goes
+# on with the same command.
 #
 #   bash scripts/compare_positions.sh [OUTPUT_DIR] [flags of run_squad.py]
 #
-# SEEDS: the seeds ("0 1 2"). TRAIN_PARAGRAPHS: the size of the toy SQuAD (10000).
+# SEEDS: the seeds ("0 1 2"). TRAIN_PARAGRAPHS: the size of the toy SQuAD (10000). TIMES: the lengths of the longer
+# texts, in windows of training ("1 2 4 8 16"; "" leaves them out).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 output_dir=compare_positions_output
@@ -16,8 +19,19 @@ fi
 PYTHONPATH="$root/scripts:${PYTHONPATH:-}" python -c "import compare_positions" # is matplotlib there?
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+window=48 # tokens; the models have positions for no more
+times="${TIMES-1 2 4 8 16}"
+lengths=()
+for factor in $times; do
+    if [[ ! $factor =~ ^[1-9][0-9]*$ ]]; then
+        echo "compare_positions.sh: error: TIMES holds $factor: give whole numbers from 1, such as \"1 2 4\"" >&2
+        exit 2
+    fi
+    lengths+=("$((factor * window))")
+done
+
 mkdir -p "$output_dir"
-budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "$@")"
+budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "max_position_embeddings=$window" "$@")"
 begun=("$output_dir"/seed-*/*/run_state.json)
 if [[ -f ${begun[0]} && $(cat "$output_dir/budget.txt") != "$budget" ]]; then
     echo "compare_positions.sh: error: $output_dir holds a comparison with other flags: name another folder" >&2
@@ -28,39 +42,65 @@ printf '%s\n' "$budget" >"$output_dir/budget.txt"
 seeds="${SEEDS:-0 1 2}"
 for seed in $seeds; do
     toy_squad="$output_dir/seed-$seed/toy_squad_${TRAIN_PARAGRAPHS:-10000}"
-    if [[ ! -f $toy_squad/relative_key_query/tokenizer_config.json ]]; then # the last file of it
+    needed=("${lengths[@]/#/$toy_squad/validation_}")
+    needed=("${needed[@]/%/.json}" "$toy_squad/relative_key_query/tokenizer_config.json") # the last file of it
+    if ! ls "${needed[@]}" &>/dev/null; then
         python "$root/scripts/make_toy_squad.py" "$toy_squad" \
-            --seed "$seed" --train_paragraphs "${TRAIN_PARAGRAPHS:-10000}"
+            --seed "$seed" \
+            --train_paragraphs "${TRAIN_PARAGRAPHS:-10000}" \
+            --max_position_embeddings "$window" \
+            ${lengths:+--validation_lengths "${lengths[@]}"}
     fi
     for position_type in absolute relative_key relative_key_query; do
         run="$output_dir/seed-$seed/$position_type"
-        if grep -qs '"status": "finished"' "$run/run_state.json"; then
-            continue
+        if ! grep -qs '"status": "finished"' "$run/run_state.json"; then
+            python "$root/run_squad.py" \
+                --model_name_or_path "$toy_squad/$position_type" \
+                --train_file "$toy_squad/train.json" \
+                --validation_file "$toy_squad/validation.json" \
+                --do_train \
+                --do_eval \
+                --num_train_epochs 1 \
+                --per_device_train_batch_size 32 \
+                --per_device_eval_batch_size 64 \
+                --learning_rate 7e-4 \
+                --warmup_steps 0.05 \
+                --lr_scheduler_type constant_with_warmup \
+                --adam_beta2 0.98 \
+                --train_sampling_strategy random \
+                --max_seq_length "$window" \
+                --doc_stride 24 \
+                --logging_steps 200 \
+                --eval_strategy steps \
+                --eval_steps 200 \
+                --save_strategy no \
+                --seed "$seed" \
+                --output_dir "$run" \
+                "$@"
         fi
-        python "$root/run_squad.py" \
-            --model_name_or_path "$toy_squad/$position_type" \
-            --train_file "$toy_squad/train.json" \
-            --validation_file "$toy_squad/validation.json" \
-            --do_train \
-            --do_eval \
-            --num_train_epochs 1 \
-            --per_device_train_batch_size 32 \
-            --per_device_eval_batch_size 64 \
-            --learning_rate 7e-4 \
-            --warmup_steps 0.05 \
-            --lr_scheduler_type constant_with_warmup \
-            --adam_beta2 0.98 \
-            --train_sampling_strategy random \
-            --max_seq_length 48 \
-            --doc_stride 24 \
-            --logging_steps 200 \
-            --eval_strategy steps \
-            --eval_steps 200 \
-            --save_strategy no \
-            --seed "$seed" \
-            --output_dir "$run" \
-            "$@"
+        for factor in $times; do
+            length=$((factor * window))
+            for way in "windows $window" "one_window $length"; do
+                read -r way max_seq_length <<<"$way"
+                if [[ $way == one_window && ($position_type == absolute || $factor == 1) ]]; then
+                    continue # more positions than there are; the same as windows
+                fi
+                asked="$run/texts_x$factor/$way"
+                if [[ -f $asked/eval_results.json ]]; then # the last file of it
+                    continue
+                fi
+                python "$root/run_squad.py" \
+                    --per_device_eval_batch_size 64 \
+                    "$@" \
+                    --model_name_or_path "$run" \
+                    --validation_file "$toy_squad/validation_$length.json" \
+                    --do_eval \
+                    --max_seq_length "$max_seq_length" \
+                    --doc_stride 24 \
+                    --output_dir "$asked"
+            done
+        done
     done
 done
 # shellcheck disable=SC2086
-python "$root/scripts/compare_positions.py" "$output_dir" $seeds
+python "$root/scripts/compare_positions.py" "$output_dir" $seeds ${times:+--times $times}

@@ -17,11 +17,21 @@ The folder then holds
     train_v2.json, validation_v2.json, test_v2.json   the same paragraphs with questions without an answer added
     absolute/, relative_key/, relative_key_query/     an untrained tiny BERT of each position type, with tokenizer
 
+and with --validation_lengths 48 96 ...
+
+    validation_48.json, validation_96.json, ...       1.1; a text and its question fill a window of that length
+
+A longer text tells of more people, and more kinds of fact. Where it has told all six of all eight people, those that no
+question asks about go on: they visit further cities and buy further things. So every word stands where training knows
+it, each question has one answer, and the answer's text is nowhere else.
+
 No paragraph is in two splits. The same seed gives the same bytes.
 """
 
 import argparse
+import itertools
 import json
+import math
 import random
 import string
 import sys
@@ -40,6 +50,9 @@ from utils_qa import write_text  # noqa: E402
 HELD_OUT_PARAGRAPHS = {"validation": 200, "test": 100}
 PARAGRAPHS_PER_ARTICLE = 20
 LONG_PARAGRAPHS = 0.05  # this share does not fit into one window of the quickstart's max_seq_length
+QUESTIONS_PER_LENGTH = 300
+TOKENS_PER_FACT = 4.3  # on average
+SHORTEST_LENGTH = 40  # holds two people's facts, and so a distractor of each answer
 
 PEOPLE = "Ada Boris Clara David Edith Felix Greta Hugo".split()
 SPOUSES = (
@@ -79,15 +92,7 @@ def make_paragraph(rng, paragraph_id):
         answers = rng.sample(FACTS[kind][2], len(people))
         facts += [(person, kind, answer) for person, answer in zip(people, answers, strict=True)]
     rng.shuffle(facts)
-
-    context, qas = "", []
-    for person, kind, answer in facts:
-        sentence, question, _ = FACTS[kind]
-        before, after = sentence.format(person=person, answer="\n").split("\n")
-        context += before
-        gold = {"text": answer, "answer_start": len(context)}
-        qas.append({"id": f"{paragraph_id}-{len(qas)}", "question": question.format(person=person), "answers": [gold]})
-        context += answer + after + " "
+    paragraph = tell(facts, facts, paragraph_id)
 
     untold_kind = rng.choice([kind for kind in sorted(FACTS) if kind not in kinds])
     unanswerable = [(stranger, rng.choice(kinds)), (rng.choice(people), untold_kind)]
@@ -100,7 +105,70 @@ def make_paragraph(rng, paragraph_id):
         }
         for number, (person, kind) in enumerate(unanswerable)
     ]
-    return {"context": context.rstrip(), "qas": qas}, no_answer_qas
+    return paragraph, no_answer_qas
+
+
+def tell(facts, asked, paragraph_id):
+    """The paragraph that tells the facts (person, kind, answer) in their order, with a question on each of `asked`."""
+    context, qas = "", []
+    for person, kind, answer in facts:
+        sentence, question, _ = FACTS[kind]
+        before, after = sentence.format(person=person, answer="\n").split("\n")
+        context += before
+        if (person, kind, answer) in asked:
+            gold = {"text": answer, "answer_start": len(context)}
+            question = question.format(person=person)
+            qas.append({"id": f"{paragraph_id}-{len(qas)}", "question": question, "answers": [gold]})
+        context += answer + after + " "
+    return {"context": context.rstrip(), "qas": qas}
+
+
+def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
+    """A paragraph of `num_tokens` tokens, or a few less, with one question on each kind of fact in it."""
+
+    def tokens_of(person, kind, answer):
+        return count_tokens(FACTS[kind][0].format(person=person, answer=answer))
+
+    # About as many kinds of fact as people, as in a short paragraph; the last person may have no room for all kinds.
+    kinds = rng.sample(sorted(FACTS), min(round(math.sqrt(num_tokens / TOKENS_PER_FACT)), len(FACTS)))
+    tokens_per_person = sum(tokens_of(PEOPLE[0], kind, FACTS[kind][2][0]) for kind in kinds)
+    whole = min(num_tokens // tokens_per_person, len(PEOPLE))
+    people = rng.sample(PEOPLE, min(whole + 1, len(PEOPLE)))
+    golds = {}
+    for kind in kinds:
+        golds[kind] = rng.choice([answer for answer in FACTS[kind][2] if answer not in golds.values()])
+    asked = {(rng.choice(people[:whole]), kind): golds[kind] for kind in kinds}
+
+    every = [(person, kind) for person in people for kind in kinds]
+    # Nobody dies twice, and nobody does twice what a question asks about.
+    again = [(person, kind) for person, kind in every if kind != "death" and (person, kind) not in asked]
+    facts = []
+    for person, kind in itertools.chain(every, iter(lambda: rng.choice(again), None)):
+        others = [answer for answer in FACTS[kind][2] if answer not in golds.values()]
+        fact = (person, kind, asked.get((person, kind)) or rng.choice(others))
+        num_tokens -= tokens_of(*fact)
+        if num_tokens < 0:
+            break
+        facts.append(fact)
+    rng.shuffle(facts)
+    return tell(facts, {(*who, answer) for who, answer in asked.items()}, paragraph_id)
+
+
+def make_long_paragraphs(rng, length, tokenizer):
+    """Paragraphs that fill a window of `length` tokens with any of their questions."""
+
+    def count_tokens(text):
+        return len(tokenizer.tokenize(text))
+
+    longest_question = max(
+        count_tokens(question.format(person=person)) for _, question, _ in FACTS.values() for person in PEOPLE
+    )
+    room = length - longest_question - tokenizer.num_special_tokens_to_add(pair=True)
+    paragraphs, questions = [], 0
+    while questions < QUESTIONS_PER_LENGTH:
+        paragraphs.append(make_long_paragraph(rng, f"validation_{length}-{len(paragraphs)}", room, count_tokens))
+        questions += len(paragraphs[-1]["qas"])
+    return paragraphs
 
 
 def make_splits(rng, num_paragraphs):
@@ -149,14 +217,14 @@ def train_tokenizer(articles):
     return BertTokenizerFast(vocab=wordpiece.get_vocab())
 
 
-def untrained_model(position_embedding_type, vocab_size):
+def untrained_model(position_embedding_type, vocab_size, max_position_embeddings):
     config = BertConfig(
         vocab_size=vocab_size,
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=8,
         intermediate_size=256,
-        max_position_embeddings=512,
+        max_position_embeddings=max_position_embeddings,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.1,  # about 1 / sqrt(hidden_size); the usual 0.02 is for wider models
@@ -177,11 +245,28 @@ def positive(text):
     return int(text)
 
 
+def length_of_window(text):
+    if int(text) < SHORTEST_LENGTH:
+        raise argparse.ArgumentTypeError(f"{text} is less than {SHORTEST_LENGTH}")
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_paragraphs", type=positive, default=10_000, help="about 7 questions each")
+    parser.add_argument(
+        "--validation_lengths",
+        type=length_of_window,
+        nargs="+",
+        default=[],
+        metavar="TOKENS",
+        help="for each also a file of longer texts, which fill a window of so many tokens with their questions",
+    )
+    parser.add_argument(
+        "--max_position_embeddings", type=positive, default=512, help="of the models (512): their longest window"
+    )
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
 
@@ -190,9 +275,15 @@ def main():
     for name, articles in splits.items():
         write_text(arguments.output_dir / f"{name}.json", [json.dumps({"version": "toy", "data": articles})])
     tokenizer = train_tokenizer(splits["train"])
+    for length in arguments.validation_lengths:
+        paragraphs = make_long_paragraphs(random.Random(f"{arguments.seed} {length}"), length, tokenizer)
+        articles = make_articles(f"validation_{length}", paragraphs)
+        write_text(
+            arguments.output_dir / f"validation_{length}.json", [json.dumps({"version": "toy", "data": articles})]
+        )
     for position_embedding_type in POSITION_EMBEDDING_TYPES:
         torch.manual_seed(arguments.seed)
-        model = untrained_model(position_embedding_type, len(tokenizer))
+        model = untrained_model(position_embedding_type, len(tokenizer), arguments.max_position_embeddings)
         model.save_pretrained(arguments.output_dir / position_embedding_type)
         tokenizer.save_pretrained(arguments.output_dir / position_embedding_type)
 

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SENTENCES = {
     "bash scripts/compare_positions.sh": (
         "--max_steps 4 --eval_steps 2 --max_train_samples 64 --max_eval_samples 10",
-        {"SEEDS": "0", "TRAIN_PARAGRAPHS": "20"},
+        {"SEEDS": "0", "TRAIN_PARAGRAPHS": "20", "TIMES": "1 2"},
     ),
     "python scripts/benchmark.py attention": ("--sizes base --lengths 32x1 --passes train --repeats 1", {}),
     "python scripts/benchmark.py data": ("--questions 500 --repeats 1", {}),

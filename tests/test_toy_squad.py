@@ -1,6 +1,7 @@
 """The toy SQuAD: same bytes for same seed, the promised layout, and no good answer without reading the question."""
 
 import collections
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from qa.windows import WindowSettings, make_features
 ROOT = Path(__file__).parent.parent
 QUICKSTART = (ROOT / "scripts" / "quickstart.sh").read_text(encoding="utf-8")
 SPLITS = ("train", "validation", "test", "train_v2", "validation_v2", "test_v2")
+LENGTHS = (40, 48, 60, 96, 131, 192, 384, 768, 1000)
+VERBS = {"die": "died in", "leave": "left", "marry": "married", "buy": "bought", "study": "studied", "go": "visited"}
 
 
 def make_toy_squad(folder, *flags, hash_seed="0"):
@@ -35,6 +38,15 @@ def make_toy_squad(folder, *flags, hash_seed="0"):
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "made" / "here"
     assert make_toy_squad(folder).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy_of_lengths(tmp_path_factory):
+    """As many paragraphs for training as it takes to have every word in the vocabulary."""
+    folder = tmp_path_factory.mktemp("lengths")
+    flags = ["--train_paragraphs", "3000", "--validation_lengths", *map(str, LENGTHS)]
+    assert make_toy_squad(folder, *flags, "--max_position_embeddings", "48").returncode == 0
     return folder
 
 
@@ -55,6 +67,12 @@ def test_same_seed_same_bytes_in_another_process(toy, tmp_path):
     again = files_of(tmp_path / "again")
     assert again.keys() == files_of(toy).keys()
     assert [name for name, content in files_of(toy).items() if again[name] != content] == []
+
+
+def test_the_questions_are_still_those_that_measured_figures_are_of(toy):
+    questions = b"".join((toy / f"{split}.json").read_bytes() for split in SPLITS)
+    digest = hashlib.sha256(questions).hexdigest()
+    assert digest == "3590aea10f60283ede520f1dd5afb112b63fec5a255f08aa0fdaa51cbf3aea97"
 
 
 def test_another_seed_another_toy(toy, tmp_path):
@@ -104,24 +122,87 @@ def test_layout(toy, split, tmp_path):
 @pytest.mark.parametrize("split", ["train_v2", "validation_v2"])
 def test_an_answer_is_told_of_the_one_who_is_asked_about_and_of_nobody_else(toy, split):
     """Reads the text with patterns of its own: subject and verb of the question find one sentence, or none."""
-    verbs = {
-        "die": "died in",
-        "leave": "left",
-        "marry": "married",
-        "buy": "bought",
-        "study": "studied",
-        "go": "visited",
-    }
     for paragraph in paragraphs_of(toy, split):
         for qa in paragraph["qas"]:
             person, asked = re.fullmatch(r".* did (\w+) (\w+)\?", qa["question"]).groups()
-            verb = verbs[asked]
+            verb = VERBS[asked]
             told = re.findall(rf"\b{person} {verb} ([^.]+)\.", paragraph["context"])
             assert told == [answer["text"] for answer in qa["answers"]], qa["id"]
             assert qa["is_impossible"] == (not told)
             if told:
                 others = re.findall(rf"\b\w+ {verb} ([^.]+)\.", paragraph["context"])
                 assert len(others) > 1 and len(set(others)) == len(others), "no distractor of the answer's kind"
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_longer_texts(toy_of_lengths, length):
+    """They fill one window, are told in words of training, and have one answer to each question, at any place."""
+    paragraphs = paragraphs_of(toy_of_lengths, f"validation_{length}")
+    assert len({paragraph["context"] for paragraph in paragraphs}) == len(paragraphs)
+    tokenizer = AutoTokenizer.from_pretrained(toy_of_lengths / "absolute")
+    trained = paragraphs_of(toy_of_lengths, "train")
+    trained_questions = {qa["question"] for paragraph in trained for qa in paragraph["qas"]}
+    people = "Ada|Boris|Clara|David|Edith|Felix|Greta|Hugo"
+    sentences = re.compile(rf"((^| )({people}) ({'|'.join(VERBS.values())}) \w+( \w+)?\.)+")
+
+    ids, places = [], []
+    for paragraph in paragraphs:
+        context, qas = paragraph["context"], paragraph["qas"]
+        assert sentences.fullmatch(context)
+        assert not [token for token in tokenizer.tokenize(context) if token.startswith("##") or token == "[UNK]"]
+        assert len({qa["question"].split(" did ")[0] + qa["question"].split()[-1] for qa in qas}) == len(qas)
+        deaths = re.findall(r"(\w+) died", context)
+        assert len(set(deaths)) == len(deaths)
+        for qa in qas:
+            assert qa["question"] in trained_questions
+            # What is left has no room for a sentence of four or five tokens; some questions are a token shorter.
+            tokens = len(tokenizer(qa["question"], context)["input_ids"])
+            assert length - 7 < tokens <= length
+            (answer,) = qa["answers"]
+            text, start = answer["text"], answer["answer_start"]
+            assert context[start : start + len(text)] == text
+            assert len(re.findall(rf"\b{text}\b", context)) == 1
+            person, asked = re.fullmatch(r".* did (\w+) (\w+)\?", qa["question"]).groups()
+            assert re.findall(rf"\b{person} {VERBS[asked]} ([^.]+)\.", context) == [text]
+            assert len(re.findall(rf" {VERBS[asked]} |^\w+ {VERBS[asked]} ", context)) > 1, "no distractor of its kind"
+            assert len(re.findall(rf"\b{person} \w+ ", context)) > 1, "no distractor of the same person"
+            ids.append(qa["id"])
+            places.append(start / len(context))
+    assert 300 <= len(ids) == len(set(ids)) < 306
+    assert min(places) < 0.1 and max(places) > 0.9
+    thirds = collections.Counter(int(3 * place) for place in places)
+    assert all(0.25 < thirds[third] / len(places) < 0.42 for third in range(3))
+
+
+def test_longer_texts_depend_on_seed_and_length_alone(toy_of_lengths, tmp_path):
+    few = ["--train_paragraphs", "3000", "--max_position_embeddings", "48", "--validation_lengths"]
+    assert make_toy_squad(tmp_path / "again", *few, "96", hash_seed="1").returncode == 0
+    again, all_files = files_of(tmp_path / "again"), files_of(toy_of_lengths)
+    assert again.items() <= all_files.items()
+    assert all_files.keys() - again.keys() == {f"validation_{length}.json" for length in LENGTHS if length != 96}
+    assert make_toy_squad(tmp_path / "other", *few, "96", "--seed", "1").returncode == 0
+    assert (tmp_path / "other" / "validation_96.json").read_bytes() != again["validation_96.json"]
+
+
+def test_longer_texts_leave_the_others_as_they_are(toy, tmp_path):
+    assert make_toy_squad(tmp_path, "--validation_lengths", "48").returncode == 0
+    with_length = files_of(tmp_path)
+    assert with_length.pop("validation_48.json")
+    assert with_length == files_of(toy)
+
+
+def test_positions_of_the_models(toy, toy_of_lengths):
+    for folder, positions in [(toy, 512), (toy_of_lengths, 48)]:
+        for position_embedding_type in POSITION_EMBEDDING_TYPES:
+            config = AutoConfig.from_pretrained(folder / position_embedding_type)
+            assert config.max_position_embeddings == positions
+
+
+def test_refuses_a_length_without_room_for_distractors(tmp_path):
+    done = make_toy_squad(tmp_path / "toy", "--validation_lengths", "48", "39")
+    assert done.returncode == 2
+    assert "--validation_lengths: 39 is less than 40" in done.stderr
+    assert not (tmp_path / "toy").exists()
 
 
 def words_of(text):
