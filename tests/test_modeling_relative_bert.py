@@ -24,8 +24,16 @@ from qa.modeling_relative_bert import RelativeBertForQuestionAnswering, Relative
 GOLDEN = Path(__file__).parent / "golden" / "attention"
 RELATIVE_TYPES = ("relative_key", "relative_key_query")
 EACH_TYPE = pytest.mark.parametrize("position_type", RELATIVE_TYPES)
-EACH_ATTENTION = pytest.mark.parametrize("attention", ("eager", "sdpa"))
+EACH_ATTENTION = pytest.mark.parametrize("attention", ("eager", "sdpa", "sdpa in groups"), indirect=True)
 BATCHES = ("9_padded", "16_full", "23_padded", "24_full", "24_padded")
+
+
+@pytest.fixture
+def attention(request, monkeypatch):
+    """attn_implementation. Inputs as small as here are no groups of heads under sdpa, unless a group is one head."""
+    if request.param == "sdpa in groups":
+        monkeypatch.setattr(relative, "GROUP_ELEMENTS", 1)
+    return request.param.split()[0]
 
 
 def golden_model(position_type: str, **kwargs):
@@ -199,9 +207,7 @@ def test_distance_is_query_minus_key():
 def test_gradient_against_finite_differences(position_type, attention, dropout):
     layer = attention_layer(position_type, attention, max_position_embeddings=6).double().train()
     layer.dropout.p = dropout
-    hidden = torch.randn(
-        4, 5, 32, dtype=torch.double, requires_grad=True
-    )  # the last is computed again for the gradient
+    hidden = torch.randn(4, 5, 32, dtype=torch.double, requires_grad=True)
 
     def attend(hidden, table):
         torch.manual_seed(7)  # the same probabilities are dropped each time
@@ -209,6 +215,16 @@ def test_gradient_against_finite_differences(position_type, attention, dropout):
 
     table = layer.distance_embedding.weight.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(attend, (hidden, table), fast_mode=True)
+
+
+@pytest.mark.parametrize(("length", "plain"), [(32, True), (33, False), (1, True)])
+@pytest.mark.parametrize("elements", (-1, 0))
+def test_plain_where_there_is_nothing_to_cut(length, plain, elements, monkeypatch):
+    query = torch.randn(3, 4, length, 8)
+    monkeypatch.setattr(relative, "GROUP_ELEMENTS", 3 * 4 * length * (length + 8) + elements)
+    assert relative.fits_cache(query) == (plain and elements == 0)
+    one_block = len(list(relative.query_blocks(length))) == 1
+    assert relative.fits_cache(query) == (one_block and len(list(relative.head_groups(query))) == 1)
 
 
 @pytest.mark.parametrize(
