@@ -528,8 +528,8 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
             raise ValueError(f"{source}: no question has the key 'answers', which {split} needs")
         if split != "test":
             warn_of_flags(split, questions, source, data_args.version_2_with_negative)
-        if split == "validation":
-            warn_of_misplaced_golds(questions, source)
+        if split != "train" and "answers" in questions.column_names:
+            warn_of_misplaced_golds(split, questions, source)
         if split == "train":
             questions, answer_changes = place_answers(questions, source, data_args.misplaced_answers)
         examples[split] = questions if most is None else questions.select(range(min(most, len(questions))))

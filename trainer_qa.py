@@ -228,7 +228,7 @@ class QuestionAnsweringTrainer(Trainer):
             f"hold none (first ids: {', '.join(ids[:5])}; a logit is -inf)"
         )
         if self.is_in_train and (self.args.metric_for_best_model or "").removeprefix("eval_") == "loss":
-            raise TrainingError(f"{message}; choose another --metric_for_best_model")
+            raise TrainingError(f"{message}; choose another --metric_for_best_model, and another --output_dir")
         logger.warning("%s.", message)
         return {}
 
@@ -459,7 +459,10 @@ class QuestionAnsweringTrainer(Trainer):
                 self.state.best_model_checkpoint = folder
 
     def _resume_early_stopping(self) -> None:
-        """Counts on from the checkpoint, by the patience of this command, which may be another."""
+        """Counts on from the checkpoint, by the patience of this command, which may be another.
+
+        (The Trainer has put the checkpoint's in its place with --restore_callback_states_from_checkpoint.)
+        """
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 # A run without early stopping has left nothing, which the next save would miss.

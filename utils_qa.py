@@ -466,7 +466,7 @@ def window_losses(start_logits: torch.Tensor, end_logits: torch.Tensor, labels: 
         torch.nn.functional.cross_entropy(logits, position, reduction="none")
         for logits, position in zip((start_logits, end_logits), labels.T, strict=True)
     )
-    return (start + end) / 2
+    return start / 2 + end / 2  # which two large ones do not overflow
 
 
 def _largest(values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -503,7 +503,7 @@ def _unpack(found: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     That is the window, whether its logits can be used, start and end logit of the null answer, and then of the spans
     all starts, all ends, all start logits and all end logits.
 
-    found: (windows, 4 + 4 n) int32. Returns the null answers, (windows,) of _SPAN, and the spans, (windows, n).
+    found: (windows, 4 + 4 n or more) int32. Returns the null answers, (windows,) of _SPAN, and the spans, (windows, n).
     """
     nulls, spans = np.empty(len(found), _SPAN), np.empty((len(found), n), _SPAN)
     nulls["window"], spans["window"] = found[:, 0], found[:, :1]

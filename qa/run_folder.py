@@ -78,6 +78,9 @@ def write_qa_settings(training_args, model_args, data_args) -> None:
 def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> None:
     """Raises ValueError that names what differs between the settings of the run in `folder` and those of this one."""
     earlier = {"negative_windows": 1.0, **earlier}  # which earlier versions of this program did not have
+    rises = {"mode": "max"}  # nor this, for a metric that rises; the scheduler in the checkpoint stays what it is
+    if settings.get("lr_scheduler_kwargs") == rises and earlier.get("lr_scheduler_kwargs", rises) is None:
+        earlier["lr_scheduler_kwargs"] = rises
     changed = [
         f"{name} is {settings.get(name)!r}, was {value!r}"
         for name, value in earlier.items()

@@ -154,14 +154,14 @@ def misplaced_answers(examples: Dataset, repair: bool) -> dict[int, dict]:
     return dict(sorted(changes.items()))
 
 
-def warn_of_misplaced_golds(examples: Dataset, source: str) -> None:
-    """Logs one line where first gold answers of "validation", which stay as they are, do not stand at their place."""
+def warn_of_misplaced_golds(split: str, examples: Dataset, source: str) -> None:
+    """Logs one line where first gold answers of a split that is not trained on do not stand at their place."""
     ids = [change["id"] for change in misplaced_answers(examples, repair=False).values()]
     if ids:
         logger.warning(
-            f"{source}: {len(ids)} of {len(examples)} validation questions have a first answer that does not stand at "
-            f"its answer_start: eval_loss takes what stands there for the answer, exact and f1 take the text; first "
-            f"ids: {', '.join(ids[:IDS_SHOWN])}"
+            f"{source}: {len(ids)} of {len(examples)} {split} questions have a first answer that does not stand at its "
+            "answer_start: the loss takes what stands there for the answer, and none where there is no answer_start; "
+            f"exact and f1 take the text; first ids: {', '.join(ids[:IDS_SHOWN])}"
         )
 
 

@@ -86,12 +86,17 @@ for seed in $seeds; do
                     continue # more positions than there are; the same as windows
                 fi
                 asked="$run/texts_x$factor/$way"
-                if [[ -f $asked/eval_results.json ]]; then # the last file of it
+                if [[ -f $asked/eval_results.json ]]; then # its scores
                     continue
                 fi
+                # The strategies are those of training, which some flags need.
                 python "$root/run_squad.py" \
                     --per_device_eval_batch_size 64 \
+                    --eval_strategy steps \
+                    --eval_steps 200 \
+                    --save_strategy no \
                     "$@" \
+                    --push_to_hub False \
                     --model_name_or_path "$run" \
                     --validation_file "$toy_squad/validation_$length.json" \
                     --do_eval \

@@ -124,7 +124,10 @@ def tell(facts, asked, paragraph_id):
 
 
 def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
-    """A paragraph of `num_tokens` tokens, or a few less, with one question on each kind of fact in it."""
+    """A paragraph of `num_tokens` tokens, or a few less, with one question on each kind of fact in it.
+
+    Raises ValueError where the vocabulary has so few whole words that one person's facts do not fit.
+    """
 
     def tokens_of(person, kind, answer):
         return count_tokens(FACTS[kind][0].format(person=person, answer=answer))
@@ -133,6 +136,11 @@ def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
     kinds = rng.sample(sorted(FACTS), min(round(math.sqrt(num_tokens / TOKENS_PER_FACT)), len(FACTS)))
     tokens_per_person = sum(tokens_of(PEOPLE[0], kind, FACTS[kind][2][0]) for kind in kinds)
     whole = min(num_tokens // tokens_per_person, len(PEOPLE))
+    if whole < 1:
+        raise ValueError(
+            f"too few to learn whole words from; in pieces one person's facts are more than the {num_tokens} tokens "
+            "that --validation_lengths leaves"
+        )
     people = rng.sample(PEOPLE, min(whole + 1, len(PEOPLE)))
     golds = {}
     for kind in kinds:
@@ -166,8 +174,10 @@ def make_long_paragraphs(rng, length, tokenizer):
     room = length - longest_question - tokenizer.num_special_tokens_to_add(pair=True)
     paragraphs, questions = [], 0
     while questions < QUESTIONS_PER_LENGTH:
-        paragraphs.append(make_long_paragraph(rng, f"validation_{length}-{len(paragraphs)}", room, count_tokens))
-        questions += len(paragraphs[-1]["qas"])
+        paragraph = make_long_paragraph(rng, f"validation_{length}-{len(paragraphs)}", room, count_tokens)
+        if paragraph["qas"]:  # words in pieces may leave no room for what is asked
+            paragraphs.append(paragraph)
+            questions += len(paragraph["qas"])
     return paragraphs
 
 
@@ -270,17 +280,17 @@ def main():
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
 
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     splits = make_splits(random.Random(arguments.seed), {**HELD_OUT_PARAGRAPHS, "train": arguments.train_paragraphs})
-    for name, articles in splits.items():
-        write_text(arguments.output_dir / f"{name}.json", [json.dumps({"version": "toy", "data": articles})])
     tokenizer = train_tokenizer(splits["train"])
     for length in arguments.validation_lengths:
-        paragraphs = make_long_paragraphs(random.Random(f"{arguments.seed} {length}"), length, tokenizer)
-        articles = make_articles(f"validation_{length}", paragraphs)
-        write_text(
-            arguments.output_dir / f"validation_{length}.json", [json.dumps({"version": "toy", "data": articles})]
-        )
+        rng, name = random.Random(f"{arguments.seed} {length}"), f"validation_{length}"
+        try:
+            splits[name] = make_articles(name, make_long_paragraphs(rng, length, tokenizer))
+        except ValueError as error:
+            parser.error(f"--train_paragraphs {arguments.train_paragraphs}: {error}")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, articles in splits.items():
+        write_text(arguments.output_dir / f"{name}.json", [json.dumps({"version": "toy", "data": articles})])
     for position_embedding_type in POSITION_EMBEDDING_TYPES:
         torch.manual_seed(arguments.seed)
         model = untrained_model(position_embedding_type, len(tokenizer), arguments.max_position_embeddings)

@@ -11,7 +11,9 @@ import pytest
 from scripts import compare_positions
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--max_steps 4 --eval_steps 2 --max_train_samples 64 --max_eval_samples 10 --use_cpu".split()
+SMALL = (
+    "--max_steps 4 --eval_steps 2 --max_train_samples 64 --max_eval_samples 10 --use_cpu --early_stopping_patience 3"
+).split()
 
 
 def compare(*argv: str, **variables: str) -> subprocess.CompletedProcess:

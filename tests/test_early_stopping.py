@@ -242,3 +242,12 @@ def test_a_plateau_is_of_no_fall_in_loss_and_of_no_rise_in_f1(metric, mode, comm
     assert scheduler["mode"] == mode and scheduler["last_epoch"] == 1
     if metric == "loss":
         assert scheduler["best"] == LOSSES[3]
+        return
+    # A run that an earlier version began, which did not choose the mode, goes on.
+    for file in (tmp_path / "run_state.json", *(tmp_path / "checkpoint-3").glob("*.json")):
+        settings = json.loads(file.read_text())
+        if "settings" in settings:
+            assert settings["settings"]["lr_scheduler_kwargs"] == {"mode": "max"}
+            settings["settings"]["lr_scheduler_kwargs"] = None
+            file.write_text(json.dumps(settings | ({"status": "training"} if "status" in settings else {})))
+    assert "Going on from" in finish(command, tmp_path).err[0]

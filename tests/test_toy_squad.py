@@ -205,6 +205,14 @@ def test_refuses_a_length_without_room_for_distractors(tmp_path):
     assert not (tmp_path / "toy").exists()
 
 
+def test_too_few_paragraphs_for_whole_words(tmp_path):
+    done = make_toy_squad(tmp_path / "toy", "--train_paragraphs", "2", "--validation_lengths", "48")
+    assert done.returncode == 2 and not (tmp_path / "toy").exists()
+    assert "error: --train_paragraphs 2: too few to learn whole words from" in done.stderr.splitlines()[-1]
+    assert make_toy_squad(tmp_path / "toy", "--train_paragraphs", "5", "--validation_lengths", "40").returncode == 0
+    assert all(paragraph["qas"] for paragraph in paragraphs_of(tmp_path / "toy", "validation_40"))
+
+
 def words_of(text):
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return [word for word in text.split() if word not in ("a", "an", "the")]
