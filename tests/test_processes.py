@@ -135,9 +135,10 @@ def test_loss_curve_is_the_same(command, tmp_path):
 
 
 def script(tmp_path, *lines) -> str:
-    """A script that calls run_squad.py, so that a launcher can start it with something put out of order before."""
+    """A script that is run_squad.py, so that a launcher can start it with something put out of order before."""
     file = tmp_path / "script.py"
-    file.write_text("\n".join(["import os, launch, run_squad", *lines, "run_squad.main()"]))
+    as_a_program = ["try:", "    run_squad.main()", "except SystemExit as end:", "    run_squad.leave(end.code)"]
+    file.write_text("\n".join(["import os, launch, run_squad", *lines, *as_a_program, "run_squad.leave(0)"]))
     return str(file)
 
 
