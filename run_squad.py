@@ -264,8 +264,8 @@ class QATrainingArguments(TrainingArguments):
             raise ValueError("--early_stopping_threshold has no effect without --early_stopping_patience: leave it out")
         if not 0 <= self.early_stopping_threshold < math.inf:
             raise ValueError(f"--early_stopping_threshold is {self.early_stopping_threshold}, must be 0 or more")
-        needs_metric = self.save_strategy == "best" or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        needs_metric = needs_metric or stops_early
+        scheduled_by_metric = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        needs_metric = self.save_strategy == "best" or scheduled_by_metric or stops_early
         if self.metric_for_best_model is None and (self.load_best_model_at_end or needs_metric):
             self.metric_for_best_model = "f1"
         best = self.metric_for_best_model
@@ -277,7 +277,7 @@ class QATrainingArguments(TrainingArguments):
         if self.use_cpu or torch.cuda.is_available():
             meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
         super().__post_init__()
-        if self.greater_is_better and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        if self.greater_is_better and scheduled_by_metric:
             # Both wait for a number that falls, unless they are told.
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.world_size > 1 and not self.accelerator_config.even_batches:
@@ -528,10 +528,10 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
             raise ValueError(f"{source}: no question has the key 'answers', which {split} needs")
         if split != "test":
             warn_of_flags(split, questions, source, data_args.version_2_with_negative)
-        if split != "train" and "answers" in questions.column_names:
-            warn_of_misplaced_golds(split, questions, source)
         if split == "train":
             questions, answer_changes = place_answers(questions, source, data_args.misplaced_answers)
+        elif "answers" in questions.column_names:
+            warn_of_misplaced_golds(split, questions, source)
         examples[split] = questions if most is None else questions.select(range(min(most, len(questions))))
     return examples, answer_changes
 

@@ -220,8 +220,10 @@ class QuestionAnsweringTrainer(Trainer):
     def _loss(self, search: AnswerSearch, prefix: str) -> dict[str, float]:
         """The loss as a metric, where there are labels and it is finite. Raises TrainingError where it must be."""
         loss = search.loss()
-        if loss is None or math.isfinite(loss):
-            return {} if loss is None else {"loss": loss}
+        if loss is None:
+            return {}
+        if math.isfinite(loss):
+            return {"loss": loss}
         ids = search.unlikely_ids()
         message = (
             f"there is no {prefix}_loss: the model rules out the gold answers to {len(ids)} questions, or that windows "

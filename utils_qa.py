@@ -268,10 +268,10 @@ class AnswerSearch:
         earlier = self.best.take(touched, axis=0).ravel()
         earlier = earlier.compress((np.arange(n) < self.num_best[touched, None]).ravel())
         spans = np.concatenate([earlier, spans])
-        order = np.argsort(spans["window"], kind="stable")  # equal scores go by window, and within one by rank
-        example = self.example[spans["window"][order]]
-        order = order[best_first(example, _score(spans)[order])]
-        spans, example = spans.take(order), np.sort(example)
+        by_window = np.argsort(spans["window"], kind="stable")  # equal scores go by window, and within one by rank
+        example = self.example[spans["window"][by_window]]
+        order = best_first(example, _score(spans)[by_window])
+        spans, example = spans.take(by_window[order]), example[order]
         first = np.searchsorted(example, touched)
         counts = np.diff(first, append=len(example))
         rank = np.arange(len(spans)) - np.repeat(first, counts)
@@ -412,8 +412,7 @@ def _score(spans: np.ndarray) -> np.ndarray:
 def best_first(example: np.ndarray, score: np.ndarray) -> np.ndarray:
     """(spans,) int64: the order by example, and in it by falling score; what is equal in both stays as it stands.
 
-    example: (spans,) int; score: (spans,) float32. Two sorts of what is nearly in order, as here, take less than one
-    `lexsort`.
+    example: (spans,) int; score: (spans,) float32. On one key, nearly in order, the sort takes less than `lexsort`.
     """
     return np.argsort((example.astype(np.int64) << 32) - _sortable(torch.from_numpy(score)).numpy(), kind="stable")
 

@@ -453,8 +453,14 @@ class RelativeAttention(torch.autograd.Function):
 
 def fits_cache(query: torch.Tensor) -> bool:
     """Whether all heads together make one of `head_groups`, and one of `query_blocks`: then there is nothing to cut."""
-    batch, heads, length, size = query.shape
-    return length <= BLOCK_QUERIES and batch * heads * length * (length + size) <= GROUP_ELEMENTS
+    batch, heads, length, _ = query.shape
+    return length <= BLOCK_QUERIES and batch * heads <= heads_of_a_group(query)
+
+
+def heads_of_a_group(query: torch.Tensor) -> int:
+    """How many heads' scores and queries stay near the cache; 0 where those of one are too much."""
+    _, _, length, size = query.shape
+    return GROUP_ELEMENTS // (length * (length + size))
 
 
 def head_groups(query: torch.Tensor):
@@ -462,8 +468,8 @@ def head_groups(query: torch.Tensor):
 
     Those are all heads of one sequence or several, or where that is too much, some heads of one.
     """
-    batch, heads, length, size = query.shape
-    size = max(1, GROUP_ELEMENTS // (length * (length + size)))
+    batch, heads, _, _ = query.shape
+    size = max(1, heads_of_a_group(query))
     sequences = max(1, size // heads)
     for sequence in range(0, batch, sequences):
         for head in range(0, heads, size):
