@@ -22,6 +22,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.trainer_callback import TrainerState
 
 from qa import run_folder
+from qa.files import QAError, one_line, write_text
 from qa.legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, translate_flags
 from qa.load_model import (
     POSITION_EMBEDDING_TYPES,
@@ -34,14 +35,7 @@ from qa.load_model import (
     position_type_of,
 )
 from qa.model_card import model_card
-from qa.processes import (
-    TrainingError,
-    leave,
-    meet_after_restart,
-    on_main_process,
-    set_up_logging,
-    was_restarted,
-)
+from qa.processes import leave, meet_after_restart, on_main_process, set_up_logging, was_restarted
 from qa.read_squad import load_examples
 from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags, warn_of_misplaced_golds
 from qa.windows import (
@@ -53,7 +47,7 @@ from qa.windows import (
     make_train_features,
 )
 from trainer_qa import QuestionAnsweringTrainer, TrainingStopped
-from utils_qa import AnswerSettings, one_line, squad_scores, write_predictions, write_text
+from utils_qa import AnswerSettings, squad_scores, write_predictions
 
 logger = logging.getLogger("run_squad")
 
@@ -77,7 +71,7 @@ def check_at_least_1(arguments, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}, must be at least 1")
+            raise QAError(f"--{name} is {value}, must be at least 1")
 
 
 @dataclass
@@ -184,9 +178,9 @@ class DataTrainingArguments:
         check_at_least_1(self, *names.split(), "preprocessing_num_workers")
         percentage = self.validation_split_percentage
         if percentage is not None and not 1 <= percentage <= 99:
-            raise ValueError(f"--validation_split_percentage is {percentage}, must be from 1 to 99")
+            raise QAError(f"--validation_split_percentage is {percentage}, must be from 1 to 99")
         if not 0 <= self.negative_windows <= 1:
-            raise ValueError(f"--negative_windows is {self.negative_windows}, must be a share from 0 to 1")
+            raise QAError(f"--negative_windows is {self.negative_windows}, must be a share from 0 to 1")
 
 
 @dataclass
@@ -231,7 +225,7 @@ class QATrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.output_dir is None:
-            raise ValueError("--output_dir is missing: name the folder that the model and the results go to")
+            raise QAError("--output_dir is missing: name the folder that the model and the results go to")
         check_at_least_1(
             self,
             "per_device_train_batch_size",
@@ -243,34 +237,34 @@ class QATrainingArguments(TrainingArguments):
             # Unset, every process under torchrun would be a world of its own and train alone into the same folder.
             self.use_cpu = True
             if self.fsdp:
-                raise ValueError("--fsdp needs GPUs, and there is none here: leave it out")
+                raise QAError("--fsdp needs GPUs, and there is none here: leave it out")
         if not self.dataloader_in_order:
-            raise ValueError("--dataloader_in_order False would mix up the windows: leave it out")
+            raise QAError("--dataloader_in_order False would mix up the windows: leave it out")
         if not self.eval_do_concat_batches or self.batch_eval_metrics:
-            raise ValueError(
+            raise QAError(
                 "answers are kept, not logits: --eval_do_concat_batches False and --batch_eval_metrics would have no "
                 "effect. Leave them out"
             )
         if self.label_smoothing_factor:
-            raise ValueError("--label_smoothing_factor has no effect on start and end positions: leave it out")
+            raise QAError("--label_smoothing_factor has no effect on start and end positions: leave it out")
         if self.enable_jit_checkpoint:
-            raise ValueError("--enable_jit_checkpoint is always on here: SIGTERM saves a checkpoint. Leave it out")
+            raise QAError("--enable_jit_checkpoint is always on here: SIGTERM saves a checkpoint. Leave it out")
         if self.run_name is None:  # a tracker's name for the run, under which its parts come together
             self.run_name = os.path.basename(os.path.normpath(self.output_dir))
         stops_early = self.early_stopping_patience is not None
         if stops_early and self.eval_strategy == "no":
-            raise ValueError("--early_stopping_patience needs evaluations: give --eval_strategy epoch or steps as well")
+            raise QAError("--early_stopping_patience needs evaluations: give --eval_strategy epoch or steps as well")
         if not stops_early and self.early_stopping_threshold:
-            raise ValueError("--early_stopping_threshold has no effect without --early_stopping_patience: leave it out")
+            raise QAError("--early_stopping_threshold has no effect without --early_stopping_patience: leave it out")
         if not 0 <= self.early_stopping_threshold < math.inf:
-            raise ValueError(f"--early_stopping_threshold is {self.early_stopping_threshold}, must be 0 or more")
+            raise QAError(f"--early_stopping_threshold is {self.early_stopping_threshold}, must be 0 or more")
         scheduled_by_metric = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         needs_metric = self.save_strategy == "best" or scheduled_by_metric or stops_early
         if self.metric_for_best_model is None and (self.load_best_model_at_end or needs_metric):
             self.metric_for_best_model = "f1"
         best = self.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in (*METRIC_NAMES, "loss"):
-            raise ValueError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}, loss")
+            raise QAError(f"--metric_for_best_model is {best!r}, must be one of {', '.join(METRIC_NAMES)}, loss")
         if self.ddp_backend is not None and not any(name in os.environ for name in LAUNCHER_VARIABLES):
             logger.warning("--ddp_backend %s has no effect: without torchrun there is one process.", self.ddp_backend)
             self.ddp_backend = None
@@ -281,7 +275,7 @@ class QATrainingArguments(TrainingArguments):
             # Both wait for a number that falls, unless they are told.
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.world_size > 1 and not self.accelerator_config.even_batches:
-            raise ValueError(
+            raise QAError(
                 "--accelerator_config even_batches false would leave processes waiting for each other: leave it out"
             )
         if self.world_size == 1 and self._n_gpu > 1:
@@ -312,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RUN_SQUAD_DEBUG") or not out_of_memory:
             raise
         _exit(f"error: {one_line(error)}. {OUT_OF_MEMORY}", 1, any_process=True)
-    except (ValueError, OSError, TrainingError, ImportError) as error:
+    except (ValueError, OSError, QAError, ImportError) as error:
         if os.environ.get("RUN_SQUAD_DEBUG"):
             raise
         _exit(f"error: {one_line(error)}", 2 if isinstance(error, ValueError) else 1)
@@ -397,7 +391,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
 def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
     """Raises ValueError where what is to be done lacks its data, or a tracker that is asked for is missing."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict")
+        raise QAError("nothing to do: give --do_train, --do_eval or --do_predict")
     held_out = data_args.train_file if data_args.validation_split_percentage else None
     needs = {
         "--do_train": (training_args.do_train, "--train_file", data_args.train_file),
@@ -410,11 +404,11 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
     }
     for task, (asked, flag, file) in needs.items():
         if asked and file is None and data_args.dataset_name is None:
-            raise ValueError(f"{task} needs data: give {flag} or --dataset_name")
+            raise QAError(f"{task} needs data: give {flag} or --dataset_name")
 
     best = (training_args.metric_for_best_model or "").removeprefix("eval_")
     if best.startswith(("best_", "NoAns_")) and not data_args.version_2_with_negative:
-        raise ValueError(f"--metric_for_best_model {best} is there with --version_2_with_negative only")
+        raise QAError(f"--metric_for_best_model {best} is there with --version_2_with_negative only")
     if training_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
         logger.warning(
             "--early_stopping_patience without --load_best_model_at_end: the model will be that of the last step, not "
@@ -424,9 +418,9 @@ def check_arguments(data_args: DataTrainingArguments, training_args: QATrainingA
     installed = get_available_reporting_integrations()
     for tracker in training_args.report_to:
         if tracker not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"--report_to {tracker}: unknown; one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+            raise QAError(f"--report_to {tracker}: unknown; one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
         if tracker not in installed:
-            raise ValueError(f"--report_to {tracker}: it is not installed; pip install it or leave the flag out")
+            raise QAError(f"--report_to {tracker}: it is not installed; pip install it or leave the flag out")
 
 
 def log_summary(model, examples, features, data_args, training_args: QATrainingArguments) -> None:
@@ -448,7 +442,7 @@ def log_summary(model, examples, features, data_args, training_args: QATrainingA
         batches = len(features["train"]) / batch
         batches = math.floor(batches) if training_args.dataloader_drop_last else math.ceil(batches)
         if batches == 0:
-            raise ValueError(
+            raise QAError(
                 f"--dataloader_drop_last leaves nothing of {len(features['train'])} windows in batches of {batch}"
             )
         steps_per_epoch = math.ceil(batches / accumulated)
@@ -522,10 +516,10 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
         source = file or data_args.dataset_name or data_args.train_file
         if split not in splits:
             hint = "; --validation_split_percentage makes one of its train split" if split == "validation" else ""
-            raise ValueError(f"the dataset {source} has no split {split!r}; it has {', '.join(splits)}{hint}")
+            raise QAError(f"the dataset {source} has no split {split!r}; it has {', '.join(splits)}{hint}")
         questions = splits[split]
         if split != "test" and "answers" not in questions.column_names:
-            raise ValueError(f"{source}: no question has the key 'answers', which {split} needs")
+            raise QAError(f"{source}: no question has the key 'answers', which {split} needs")
         if split != "test":
             warn_of_flags(split, questions, source, data_args.version_2_with_negative)
         if split == "train":
@@ -641,11 +635,11 @@ def predict(trainer: QuestionAnsweringTrainer, examples, features) -> None:
 
 
 def push_to_hub(trainer: QuestionAnsweringTrainer) -> None:
-    """Sends output_dir, checkpoints aside, to the hub. Raises TrainingError where that fails."""
+    """Sends output_dir, checkpoints aside, to the hub. Raises QAError where that fails."""
     try:
         trainer.push_to_hub()
     except Exception as error:  # of any library between here and the hub
-        raise TrainingError(
+        raise QAError(
             f"cannot push to the hub: {one_line(error)}. All of it stands in {trainer.args.output_dir}; "
             f"{run_folder.same_command(trainer.args)} tries again"
         ) from error

@@ -29,10 +29,11 @@ from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, Train
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
+from qa.files import QAError, one_line, write_json
 from qa.load_model import load_weights, rename_extra_special_tokens
-from qa.processes import TrainingError, gather, on_main_process
+from qa.processes import gather, on_main_process
 from qa.run_folder import checkpoint_folder, mark_whole, remove_checkpoint, rotate_checkpoints, same_command
-from utils_qa import AnswerSearch, AnswerSettings, one_line, write_json
+from utils_qa import AnswerSearch, AnswerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class QuestionAnsweringTrainer(Trainer):
         return {**{f"{prefix}_{name}": value for name, value in scores.items()}, **metrics}
 
     def _loss(self, search: AnswerSearch, prefix: str) -> dict[str, float]:
-        """The loss as a metric, where there are labels and it is finite. Raises TrainingError where it must be."""
+        """The loss as a metric, where there are labels and it is finite. Raises QAError where it must be."""
         loss = search.loss()
         if loss is None:
             return {}
@@ -230,7 +231,7 @@ class QuestionAnsweringTrainer(Trainer):
             f"hold none (first ids: {', '.join(ids[:5])}; a logit is -inf)"
         )
         if self.is_in_train and (self.args.metric_for_best_model or "").removeprefix("eval_") == "loss":
-            raise TrainingError(f"{message}; choose another --metric_for_best_model, and another --output_dir")
+            raise QAError(f"{message}; choose another --metric_for_best_model, and another --output_dir")
         logger.warning("%s.", message)
         return {}
 
@@ -260,7 +261,7 @@ class QuestionAnsweringTrainer(Trainer):
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """As `Trainer.train`; raises `TrainingStopped` after a signal and `TrainingError` where it cannot go on."""
+        """As `Trainer.train`; raises `TrainingStopped` after a signal and `QAError` where it cannot go on."""
         self._resumed_from = resume_from_checkpoint
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -316,7 +317,7 @@ class QuestionAnsweringTrainer(Trainer):
             f"questions in the batch: {', '.join(ids)}"
         )
         if self.nonfinite_steps > self.max_nonfinite_steps:
-            raise TrainingError(f"{message}. The last whole checkpoint stays good; a lower --learning_rate may help")
+            raise QAError(f"{message}. The last whole checkpoint stays good; a lower --learning_rate may help")
         if self.is_world_process_zero():
             logger.warning("%s; skipped (%d of %d).", message, self.nonfinite_steps, self.max_nonfinite_steps)
         model.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient as they are
@@ -384,7 +385,7 @@ class QuestionAnsweringTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Saves all that a resumed run needs, then the mark that it is whole, and only then removes older ones.
 
-        Raises `TrainingStopped` when that was asked for, and `TrainingError`, on every process, when writing fails.
+        Raises `TrainingStopped` when that was asked for, and `QAError`, on every process, when writing fails.
         """
         folder = self._checkpoint_folder()
         loss_state = {
@@ -404,7 +405,7 @@ class QuestionAnsweringTrainer(Trainer):
             with self._fail_together(folder):
                 if self.args.should_save:
                     mark_whole(folder, self.state.global_step, not self.args.save_only_model, self.run_settings)
-        except TrainingError:
+        except QAError:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -487,18 +488,18 @@ class QuestionAnsweringTrainer(Trainer):
 
     @contextlib.contextmanager
     def _fail_together(self, place: str):
-        """Raises `TrainingError` on every process where one cannot write, so that none waits for one that is gone."""
+        """Raises `QAError` on every process where one cannot write, so that none waits for one that is gone."""
         failure = None
         try:
             yield
-        except (TrainingError, TrainingStopped):  # on every process
+        except (QAError, TrainingStopped):  # on every process
             raise
         except Exception as error:
             # A full disk comes as OSError, RuntimeError or safetensors' own error, depending on the file.
             failure = error
         reasons = [reason for reason in gather(failure and one_line(failure)) if reason]
         if reasons:
-            raise TrainingError(f"cannot write {place}: {reasons[0]}. What was whole before still is") from failure
+            raise QAError(f"cannot write {place}: {reasons[0]}. What was whole before still is") from failure
 
     # ---- Files ----
 
@@ -529,7 +530,7 @@ class QuestionAnsweringTrainer(Trainer):
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # of any library between here and the hub
-            raise ValueError(
+            raise QAError(
                 f"--push_to_hub: cannot make {self.args.hub_model_id or self.args.output_dir} on the hub: "
                 f"{one_line(error)}. `hf auth login` or --hub_token says who you are"
             ) from error
@@ -632,7 +633,7 @@ def _set_up_tracker(tracker: str, setup: Callable, *args, **kwargs) -> None:
     try:
         setup(*args, **kwargs)
     except Exception as error:  # of a library of its own
-        raise ValueError(f"--report_to {tracker}: {one_line(error)}") from error
+        raise QAError(f"--report_to {tracker}: {one_line(error)}") from error
 
 
 def check_private_parts(trainer_class: type) -> None:

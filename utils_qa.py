@@ -5,14 +5,13 @@
 comparison in the interface of `evaluate`.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+
+from qa.columns import column, distinct_texts
+from qa.files import QAError, write_text
 
 QUESTIONS_PER_PIECE = 512  # whose texts are read, and whose n-best lists are written, at once
 WINDOWS_PER_CHUNK = 64  # windows searched at once: the spans of one chunk stay in the processor's cache
@@ -81,7 +83,7 @@ class AnswerSettings:
 
     def __post_init__(self):
         if self.n_best_size < 1 or self.max_answer_length < 1:
-            raise ValueError(
+            raise QAError(
                 f"n_best_size is {self.n_best_size}, max_answer_length {self.max_answer_length}: both must be 1 or more"
             )
 
@@ -107,7 +109,7 @@ def postprocess_qa_predictions(
     for logits in (start_logits, end_logits):
         needed = (len(features), search.lengths.max(initial=0))
         if logits.ndim != 2 or len(logits) != needed[0] or logits.shape[1] < needed[1]:
-            raise ValueError(
+            raise QAError(
                 f"logits have shape {logits.shape}, but the features have {needed[0]} windows of up to {needed[1]} "
                 "tokens: pass the logits of these features"
             )
@@ -153,16 +155,16 @@ class AnswerSearch:
         self.settings = settings
         self.examples = examples
         self._characters = features.with_format("arrow", columns=["context_start", "char_starts", "char_ends"])
-        self.ids = _column(examples, "id").to_pylist()
-        self.example = _column(features, "example_index").to_numpy(zero_copy_only=False)  # of each window
+        self.ids = column(examples, "id").to_pylist()
+        self.example = column(features, "example_index").to_numpy(zero_copy_only=False)  # of each window
         _check_windows(self.example, self.ids)
-        self.lengths, context_start = (_column(features, name).to_numpy() for name in ("length", "context_start"))
+        self.lengths, context_start = (column(features, name).to_numpy() for name in ("length", "context_start"))
         context_end = context_start + _list_lengths(features, "char_starts")
         # (windows, 3) int32: tokens of the window, positions of the first context token and after the last one.
         self.bounds = torch.from_numpy(np.stack([self.lengths, context_start, context_end], axis=1)).to(device)
         self.labels = self.losses = None
         if set(GOLD) <= set(features.column_names):
-            labels = np.stack([_column(features, name).to_numpy() for name in GOLD], axis=1)  # (windows, 2) int32
+            labels = np.stack([column(features, name).to_numpy() for name in GOLD], axis=1)  # (windows, 2) int32
             self.labels = torch.from_numpy(labels).to(device)
             self.losses = np.full(len(self.lengths), np.nan, np.float32)
         # The best spans of each question so far, best first: those of question i are best[i, :num_best[i]].
@@ -212,7 +214,7 @@ class AnswerSearch:
         """The answers, once all windows are kept. Raises ValueError where some are not."""
         self.merge()
         if self.num_windows != len(self.example):
-            raise ValueError(
+            raise QAError(
                 f"there are logits of {self.num_windows} windows, but the features have {len(self.example)}: "
                 "each window must come once"
             )
@@ -237,7 +239,7 @@ class AnswerSearch:
         window, usable = found[:, :2].T.numpy()
         if not usable.all():
             broken = [self.ids[i] for i in np.unique(self.example[window[usable == 0]])]
-            raise ValueError(
+            raise QAError(
                 f"the logits of {len(broken)} questions hold NaN or infinity (first ids: {', '.join(broken[:5])}): "
                 "the model diverged or overflowed; use an earlier checkpoint or a wider dtype"
             )
@@ -315,21 +317,15 @@ class AnswerSearch:
 # Columns of the features and examples
 
 
-def _column(dataset: datasets.Dataset, name: str) -> pa.Array:
-    """One column as one Arrow array: no Python object per row, and a selection or shuffle of rows is honoured."""
-    column = dataset.with_format("arrow", columns=[name])[:].column(name)
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-
-
 def _check_windows(example: np.ndarray, ids: list[str]) -> None:
     windows_per_example = np.bincount(example, minlength=len(ids))
     if len(windows_per_example) > len(ids):
-        raise ValueError(
+        raise QAError(
             f"features have windows of example {example.max()}, but there are {len(ids)} examples: "
             "pass the examples that the features were made from"
         )
     if len(missing := np.flatnonzero(windows_per_example == 0)):
-        raise ValueError(
+        raise QAError(
             f"{len(missing)} questions have no window in the features (first ids: "
             f"{', '.join(ids[i] for i in missing[:5])}): pass the features of all examples"
         )
@@ -361,32 +357,6 @@ def _characters(features: datasets.Dataset, spans: np.ndarray) -> tuple[np.ndarr
             characters[here] = chunk.values.to_numpy()[offset + spans[position][here]]
             first += len(chunk)
     return char_start, char_end
-
-
-class Texts(NamedTuple):
-    """A column of texts: the distinct ones, in the order of their first rows, and which of them each row holds."""
-
-    distinct: pa.LargeStringArray  # (num_distinct,)
-    row: np.ndarray  # (num_rows,) int32
-
-
-def distinct_texts(dataset: datasets.Dataset, name: str, rows: slice = slice(None)) -> Texts:
-    """The texts of some rows, each distinct one once, whether they are stored so (dictionary-encoded) or row by row."""
-    column = dataset.with_format("arrow", columns=[name])[rows].column(name)
-    if not pa.types.is_dictionary(column.type):  # large strings: texts of more than 2 GB make one array
-        column = column.cast(pa.large_string()).dictionary_encode()
-    if column.num_chunks == 0:
-        return Texts(pa.array([], pa.large_string()), np.zeros(0, np.int32))
-    column = pa.concat_arrays(column.chunks)
-    # A selection of rows has the dictionary of all of them.
-    used, first, row = np.unique(column.indices.to_numpy(), return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty(len(order), np.int32)
-    rank[order] = np.arange(len(order))
-    used, distinct = used[order], column.dictionary
-    if len(used) < len(distinct) or (np.diff(used) < 0).any():
-        distinct = distinct.take(pa.array(used))
-    return Texts(distinct, rank[row])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,18 +605,6 @@ def write_predictions(qa_predictions: QAPredictions, output_dir: str, prefix: st
         write_text(os.path.join(output_dir, f"{prefix}_null_odds.json"), _flat_json(qa_predictions.null_odds))
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def write_json(path: str, obj) -> None:
-    """Write `obj` as JSON (indent 4, ASCII). A reader sees the old file or the new one, never a part of it.
-
-    Raises ValueError for NaN and infinity, which are not JSON.
-    """
-    write_text(path, [json.dumps(obj, indent=4, allow_nan=False), "\n"])
-
-
 def _flat_json(by_id: dict[str, str] | dict[str, float]) -> Iterator[str]:
     """The text of json.dumps(by_id, indent=4), in pieces; without indent, json takes its encoder in C."""
     text = json.dumps(by_id, separators=(",\n    ", ": "), allow_nan=False)
@@ -687,18 +645,6 @@ def _number_text(numbers: pa.Array) -> pa.Array:
     return numbers.cast(pa.string()).fill_null("null")
 
 
-def write_text(path: str, pieces: Iterable[str]) -> None:
-    """Write the pieces, one after the other, as UTF-8. A reader sees the old file or the new one, never a part."""
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8", buffering=2**20) as file:
-            file.writelines(pieces)
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Metric
 
@@ -714,9 +660,9 @@ def squad_scores(
     Raises ValueError for examples without gold answers, or with a question that has no prediction (names it).
     """
     if "answers" not in examples.column_names:
-        raise ValueError("the examples have no gold answers (column answers): predict them, they cannot be evaluated")
-    ids = _column(examples, "id").to_pylist()
-    golds = pc.struct_field(_column(examples, "answers"), "text").to_pylist()
+        raise QAError("the examples have no gold answers (column answers): predict them, they cannot be evaluated")
+    ids = column(examples, "id").to_pylist()
+    golds = pc.struct_field(column(examples, "answers"), "text").to_pylist()
     odds = qa_predictions.null_odds
     answers = qa_predictions.answers if odds is None else qa_predictions.best_non_null
     return _squad_evaluate(ids, golds, answers, odds, null_score_diff_threshold)
@@ -741,7 +687,7 @@ class SquadMetric(evaluate.Metric):
 
     def _info(self):
         if self.config_name not in ("default", "squad", "squad_v2"):
-            raise ValueError(f"SquadMetric has no configuration {self.config_name!r}: use squad or squad_v2")
+            raise QAError(f"SquadMetric has no configuration {self.config_name!r}: use squad or squad_v2")
         text = datasets.Value("string")
         prediction = {"id": text, "prediction_text": text}
         if self.config_name == "squad_v2":
@@ -771,11 +717,11 @@ def _squad_evaluate(
     threshold: float,
 ) -> dict[str, float]:
     if not ids:
-        raise ValueError("there is no question to evaluate: give an evaluation set that is not empty")
+        raise QAError("there is no question to evaluate: give an evaluation set that is not empty")
     for name, by_id in (("answer", predictions), ("null odds", null_odds)):
         missing = [] if by_id is None else [id_ for id_ in ids if id_ not in by_id]
         if missing:
-            raise ValueError(f"{len(missing)} questions have no {name} (first ids: {', '.join(missing[:5])})")
+            raise QAError(f"{len(missing)} questions have no {name} (first ids: {', '.join(missing[:5])})")
     texts = [predictions[id_] for id_ in ids]
     exact, f1 = raw_scores(golds, texts)
     has_answer = [bool(gold) for gold in golds]

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from utils_qa import one_line
+from qa.files import QAError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def loading(what: str, name: str, kind: str, revision: str | None = None, token=
         with _offline() if down else contextlib.nullcontext():
             yield id_
     except ERRORS[kind] as error:
-        raise ValueError(f"{what}{_explain(error, problem, name, kind, revision, cache_dir)}") from error
+        raise QAError(f"{what}{_explain(error, problem, name, kind, revision, cache_dir)}") from error
     if kind == "dataset" and id_ != name and asked and problem is None:
         _remember(name, id_, cache_dir)
 

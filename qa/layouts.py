@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils_qa import one_line
+from qa.files import QAError, one_line
 
 NO_START = -1  # of an answer that was given as a text alone
 # What names a place in a file, and so a question without an id of its own.
@@ -69,7 +69,7 @@ def layout(file: BinaryIO, path: str) -> str:
     source = _open(file, path)
     for number, item in enumerate(source.items):
         return f"{source.format}, {_kind(item, source.place.format(number), path)}"
-    raise ValueError(f"{path}: holds no question")
+    raise QAError(f"{path}: holds no question")
 
 
 # ---- From bytes to items ----
@@ -89,7 +89,7 @@ def _open(file: BinaryIO, path: str) -> Source:
         return Source(f"{gzipped}JSON", iter(_typed(root["data"], list, "data", path)), "data[{}]")
     if isinstance(root, dict):
         if _kind_of(root) is None:
-            raise ValueError(f'{path}: missing key "data" (SQuAD), {LAYOUT_KEYS}; found {shown(list(root))}')
+            raise QAError(f'{path}: missing key "data" (SQuAD), {LAYOUT_KEYS}; found {shown(list(root))}')
         root = [root]
     return Source(f"{gzipped}JSON", iter(_typed(root, list, "the file", path)), "row {}")
 
@@ -126,13 +126,11 @@ class _Gunzipped(io.RawIOBase):
         try:
             part = self.file.read(len(buffer))
         except EOFError as error:
-            raise ValueError(
-                f"{self.path}: its gzip data breaks off after {self.size} bytes: fetch it again"
-            ) from error
+            raise QAError(f"{self.path}: its gzip data breaks off after {self.size} bytes: fetch it again") from error
         except (OSError, zlib.error) as error:
-            raise ValueError(f"{self.path}: damaged gzip: {one_line(error)}") from error
+            raise QAError(f"{self.path}: damaged gzip: {one_line(error)}") from error
         if self.tell() > self.limit:
-            raise ValueError(
+            raise QAError(
                 f"{self.path}: {self.size} bytes of gzip hold more than {self.limit}, which is where reading stops (at "
                 f"{MOST_COMPRESSION} times the size, at {MOST_DECOMPRESSED} bytes at most): decompress it yourself if "
                 "that is meant"
@@ -147,7 +145,7 @@ def _parse_json(file: BinaryIO, path: str) -> Any:
     lines = _lines(file, path)
     _, first = next(lines, (0, None))
     if first is None:
-        raise ValueError(f"{path}: is empty")
+        raise QAError(f"{path}: is empty")
     try:
         value = json.loads(first, object_hook=_ShareContexts())
     except (RecursionError, ValueError):  # of a value of many lines, or of none; the whole file tells
@@ -159,13 +157,13 @@ def _parse_json(file: BinaryIO, path: str) -> Any:
     try:
         return json.loads(_decode(file.read(), 0, path), object_hook=_ShareContexts())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
+        raise QAError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
+        raise QAError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
     except ValueError as error:
         if str(error).startswith(path):
             raise
-        raise ValueError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
+        raise QAError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
 
 
 class _ShareContexts:
@@ -187,9 +185,9 @@ def _parse_json_lines(file: BinaryIO, path: str) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
+            raise QAError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
         except (RecursionError, ValueError) as error:
-            raise ValueError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
+            raise QAError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
 
 
 def _lines(file: BinaryIO, path: str) -> Iterator[tuple[int, str]]:
@@ -206,7 +204,7 @@ def _decode(content: bytes, start: int, path: str) -> str:
     try:
         return content.decode("utf-8-sig" if start == 0 else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {start + error.start}: not UTF-8 text; {FORMATS}") from error
+        raise QAError(f"{path}: byte {start + error.start}: not UTF-8 text; {FORMATS}") from error
 
 
 def _parquet_items(file: BinaryIO, path: str) -> Iterator[dict]:
@@ -222,9 +220,9 @@ def _parquet_items(file: BinaryIO, path: str) -> Iterator[dict]:
                 raise _NoLayout(f"{path}: Parquet of more than {MOST_DECOMPRESSED} bytes, which is where reading stops")
             yield from batch.to_pylist()
     except _NoLayout as error:
-        raise ValueError(str(error)) from None
+        raise QAError(str(error)) from None
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
-        raise ValueError(f"{path}: Parquet that cannot be read: {one_line(error)[:200]}") from error
+        raise QAError(f"{path}: Parquet that cannot be read: {one_line(error)[:200]}") from error
 
 
 class _NoLayout(Exception):
@@ -245,7 +243,7 @@ def _kind_of(item: dict) -> str | None:
 def _kind(item: Any, place: str, path: str) -> str:
     kind = _kind_of(_typed(item, dict, place, path))
     if kind is None:
-        raise ValueError(f"{path}: {place}: missing key {LAYOUT_KEYS}; found {shown(list(item))}")
+        raise QAError(f"{path}: {place}: missing key {LAYOUT_KEYS}; found {shown(list(item))}")
     return kind
 
 
@@ -299,7 +297,7 @@ def _answers(value: Any, place: str, path: str) -> list[tuple[str, int]]:
         if starts is None:
             starts = [None] * len(texts)
         if len(texts) != len(_typed(starts, list, f"{place}.answer_start", path)):
-            raise ValueError(f"{path}: {place}: {len(texts)} texts but {len(starts)} answer_starts")
+            raise QAError(f"{path}: {place}: {len(texts)} texts but {len(starts)} answer_starts")
         value = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     answers = []
     for i, answer in enumerate(_typed(value, list, place, path)):
@@ -322,7 +320,7 @@ def _start(value: Any, place: str, path: str) -> int:
         start = int(value)
     start = _typed(start, int, place, path)
     if not -(2**31) <= start < 2**31:
-        raise ValueError(f"{path}: {place}: {shown(value)} is outside every text")
+        raise QAError(f"{path}: {place}: {shown(value)} is outside every text")
     return start
 
 
@@ -337,13 +335,13 @@ JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or
 
 def _required(item: dict, key: str, place: str, path: str) -> Any:
     if key not in item:
-        raise ValueError(f'{path}: {place}: missing key "{key}"; found {shown(list(item))}')
+        raise QAError(f'{path}: {place}: missing key "{key}"; found {shown(list(item))}')
     return item[key]
 
 
 def _typed(value: Any, kind: type, place: str, path: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{path}: {place}: must be {JSON_NAMES[kind]}, is {shown(value)}")
+        raise QAError(f"{path}: {place}: must be {JSON_NAMES[kind]}, is {shown(value)}")
     return value
 
 
@@ -352,5 +350,5 @@ def _string(item: dict, key: str, place: str, path: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{path}: {place}.{key}: character {error.start} is half of a surrogate pair") from error
+        raise QAError(f"{path}: {place}.{key}: character {error.start} is half of a surrogate pair") from error
     return value

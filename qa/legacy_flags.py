@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from transformers import HfArgumentParser
 
+from qa.files import QAError
+
 Given = Mapping[str, str | None]  # flag name -> its last value on this command line, None for a bare flag
 
 
@@ -76,7 +78,7 @@ def is_true(text: str | None) -> bool:
         return True
     if text.lower() in ("no", "false", "f", "n", "0"):
         return False
-    raise ValueError(f"{text!r} is neither true nor false")
+    raise QAError(f"{text!r} is neither true nor false")
 
 
 def is_on(flag: str, given: Given) -> bool:
@@ -86,7 +88,7 @@ def is_on(flag: str, given: Given) -> bool:
 def warmup_from_ratio(ratio: str, given: Given) -> list[str]:
     """--warmup_steps takes a fraction below 1; steps above 0 always won over the ratio."""
     if not 0 <= float(ratio) <= 1:
-        raise ValueError(f"{ratio} does not lie between 0 and 1")
+        raise QAError(f"{ratio} does not lie between 0 and 1")
     if float(given.get("warmup_steps") or 0) > 0:
         return []
     # 1 would mean one step; the largest number below it still rounds up to all of them.
@@ -112,7 +114,7 @@ def validation_file_in_data_dir(predict_file: str, given: Given) -> list[str]:
 def files_of_data_dir(data_dir: str, given: Given) -> list[str]:
     """The official file names, for those that are used and not named."""
     if "dataset_name" in given:
-        raise ValueError("--dataset_name is given too: keep one of them")
+        raise QAError("--dataset_name is given too: keep one of them")
     version = "v2.0" if is_on("version_2_with_negative", given) else "v1.1"
     evaluates = (
         is_on("do_eval", given)
@@ -149,7 +151,7 @@ def hub_model_id_of_output_dir(organization: str, given: Given) -> list[str]:
 
 def optimizer_of_today(optim: str, given: Given) -> list[str] | None:
     if optim == "adamw_hf":
-        raise ValueError("adamw_hf is no longer there: use adamw_torch, which decays the weights before the step")
+        raise QAError("adamw_hf is no longer there: use adamw_torch, which decays the weights before the step")
     return ["--optim", "adamw_torch_fused"] if optim == "adamw_apex_fused" else None
 
 
@@ -279,7 +281,7 @@ def split_flags(argv: list[str]) -> list[tuple[str, list[str], list[str]]]:
 
 def needed(value: str | None) -> str:
     if value is None:
-        raise ValueError("needs a value")
+        raise QAError("needs a value")
     return value
 
 
@@ -309,7 +311,7 @@ def refuse_contradictions(translated: list[tuple[str, str, str]], kept: Given) -
         other, other_value = said.setdefault(flag, (f"--{name}", value))
         same = other_value == value or (value == "True" and (other_value or "True").lower() == "true")
         if not same and other != f"--{name}":
-            raise ValueError(
+            raise QAError(
                 f"--{name} means {flag} {shown(flag[2:], value)}, and {other} says otherwise: keep one of them"
             )
 
@@ -332,7 +334,7 @@ def translate_flags(argv: list[str]) -> tuple[list[str], list[str]]:
             kept.append((name, tokens))
             continue
         if len(values) > 1:
-            raise ValueError(f"--{name}: takes one value, got {' '.join(values)!r}")
+            raise QAError(f"--{name}: takes one value, got {' '.join(values)!r}")
         value = values[0] if values else None
         old = f"old flag --{name}" + ("" if value is None else f" {shown(name, value)}")
         match fate:
@@ -350,7 +352,7 @@ def translate_flags(argv: list[str]) -> tuple[list[str], list[str]]:
                 try:
                     new = new_flags(name, fate, value, given)
                 except ValueError as error:
-                    raise ValueError(f"--{name}: {error}") from None
+                    raise QAError(f"--{name}: {error}") from None
                 if new is None:
                     kept.append((name, tokens))
                     continue
@@ -361,7 +363,7 @@ def translate_flags(argv: list[str]) -> tuple[list[str], list[str]]:
                 lines.append(f"{old}: read as {read_as}" if new else f"{old}: {otherwise}")
 
     if refusals:
-        raise ValueError("; ".join(refusals))
+        raise QAError("; ".join(refusals))
     refuse_contradictions(translated, {name: given[name] for name, _ in kept})
     os.environ.update(environment)
     new_argv = [token for _, tokens in kept for token in tokens]
@@ -372,7 +374,7 @@ def refuse_duplicate_keys(path: str | os.PathLike, pairs: list[tuple[str, Any]])
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"{path}: key {key!r} is there twice")
+            raise QAError(f"{path}: key {key!r} is there twice")
     return dict(pairs)
 
 
@@ -386,20 +388,20 @@ def flags_from_json(path: str | os.PathLike) -> list[str]:
         with open(path, encoding="utf-8-sig") as file:
             flags = json.load(file, object_pairs_hook=lambda pairs: refuse_duplicate_keys(path, pairs))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        raise QAError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text") from None
+        raise QAError(f"{path}: is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from None
+        raise QAError(f"{path}: is not JSON: {error}") from None
     if not isinstance(flags, dict):
-        raise ValueError(f"{path}: holds a {type(flags).__name__}, not one JSON object of flags")
+        raise QAError(f"{path}: holds a {type(flags).__name__}, not one JSON object of flags")
     argv = []
     for key, value in flags.items():
         if not re.fullmatch(r"[A-Za-z][\w-]*", key):
-            raise ValueError(f"{path}: key {key!r} is not a flag's name without its leading dashes")
+            raise QAError(f"{path}: key {key!r} is not a flag's name without its leading dashes")
         values = value if isinstance(value, list) else [value]
         if isinstance(value, list) and any(isinstance(item, list | dict) or item is None for item in value):
-            raise ValueError(f"{path}: key {key!r} holds a list of something else than texts, numbers, true and false")
+            raise QAError(f"{path}: key {key!r} holds a list of something else than texts, numbers, true and false")
         texts = [json.dumps(item) if isinstance(item, dict) else str(item) for item in values if item is not None]
         if len(texts) == 1:
             argv.append(f"--{key}={texts[0]}")  # one token, so that a value may begin with a dash
@@ -451,7 +453,7 @@ def make_parser(dataclass_types: Iterable[type], first: Iterable[str] = (), **se
     groups.insert(0, groups.pop())
 
     def raise_one_line(message: str) -> None:
-        raise ValueError(message)
+        raise QAError(message)
 
     parser.error = raise_one_line
     return parser
@@ -474,4 +476,4 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, argv: list[str]) -> No
             near = difflib.get_close_matches(name, sorted(names), n=1)
             complaints.append(f"unknown flag --{name}" + (f" (nearest: --{near[0]})" if near else ""))
     if complaints:
-        raise ValueError("; ".join(complaints))
+        raise QAError("; ".join(complaints))

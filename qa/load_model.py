@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from qa import hub
+from qa.files import QAError, one_line
 from qa.modeling_relative_bert import RELATIVE_TYPES, RelativeBertForQuestionAnswering
-from qa.processes import TrainingError
 from qa.windows import check_tokenizer
-from utils_qa import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def load_model(name: str, config, **source) -> PreTrainedModel:
 def load_trained_model(folder: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a run has saved in `folder`; its positions may have grown since that run began.
 
-    Raises TrainingError where one of its weights is missing there.
+    Raises QAError where one of its weights is missing there.
     """
     source = {"trust_remote_code": trust_remote_code}
     model, report = _load(folder, load_config(folder, **source), **source)
@@ -78,7 +77,7 @@ def _load(name: str, config, **source) -> tuple[PreTrainedModel, dict]:
     with hub.download_bars():
         model, report = _from_hub(model_class, name, "a model", **settings, **source)
     if any("distance_embedding" in key for key in report["unexpected_keys"]):
-        raise ValueError(
+        raise QAError(
             f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
             "--config_name out, or give one with the checkpoint's own position_embedding_type"
         )
@@ -103,39 +102,39 @@ def check_length(max_seq_length: int, model, tokenizer) -> None:
     if longest is not None and getattr(embeddings, "padding_idx", None) is not None:
         longest -= embeddings.padding_idx + 1  # RoBERTa counts positions from there
     if longest is not None and max_seq_length > longest:
-        raise ValueError(
+        raise QAError(
             f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only; BERT with "
             "relative positions (position_embedding_type relative_key, relative_key_query) takes longer windows"
         )
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows} only")
+        raise QAError(f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows} only")
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
     """Loads all weights of `model` from `folder`, whatever names they have there that transformers can read.
 
-    Raises TrainingError that names the weights which are missing, left over or of another shape.
+    Raises QAError that names the weights which are missing, left over or of another shape.
     """
     try:
         loaded, report = type(model).from_pretrained(
             folder, config=model.config, dtype=model.dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise TrainingError(f"cannot load the weights in {folder}: {one_line(error)}") from error
+        raise QAError(f"cannot load the weights in {folder}: {one_line(error)}") from error
     check_all_weights(report, folder)
     model.load_state_dict(loaded.state_dict())
 
 
 def check_all_weights(report: dict, folder: str) -> None:
-    """Raises TrainingError for what from_pretrained reports to be missing or left over in `folder`."""
+    """Raises QAError for what from_pretrained reports to be missing or left over in `folder`."""
     wrong = [
         f"{kind}: {', '.join(sorted(report[key]))}"
         for kind, key in (("missing", "missing_keys"), ("left over", "unexpected_keys"))
         if report[key]
     ]
     if wrong:
-        raise TrainingError(f"the weights in {folder} are not those of this model. {'; '.join(wrong)}")
+        raise QAError(f"the weights in {folder} are not those of this model. {'; '.join(wrong)}")
 
 
 def resolve_position_embedding_type(config: PreTrainedConfig, name: str, requested: str | None = None) -> str:
@@ -147,16 +146,16 @@ def resolve_position_embedding_type(config: PreTrainedConfig, name: str, request
     own = getattr(config, "position_embedding_type", None) or "absolute"
     position_type = requested or own
     if position_type not in POSITION_EMBEDDING_TYPES:
-        raise ValueError(
+        raise QAError(
             f"position_embedding_type {position_type!r} is unknown: use one of {', '.join(POSITION_EMBEDDING_TYPES)}"
         )
     if position_type in RELATIVE_TYPES and config.model_type != "bert":
-        raise ValueError(
+        raise QAError(
             f"position_embedding_type {position_type} is for BERT, but {name} is of model_type {config.model_type}: "
             "use absolute, or a BERT checkpoint"
         )
     if position_type == "absolute" and own in RELATIVE_TYPES:
-        raise ValueError(
+        raise QAError(
             f"{name} was trained with {own} and has no trained absolute positions: leave position_embedding_type out, "
             f"or use {' or '.join(RELATIVE_TYPES)}"
         )

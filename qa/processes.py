@@ -10,13 +10,9 @@ from collections.abc import Callable
 import torch.distributed as dist
 import transformers
 
-from utils_qa import one_line
+from qa.files import QAError, one_line
 
 OUR_LOGGERS = ("run_squad", "trainer_qa", "qa")
-
-
-class TrainingError(Exception):
-    """The run cannot go on; the message is one line for the user."""
 
 
 def set_up_logging(level: int) -> None:
@@ -50,20 +46,20 @@ def gather(value) -> list:
 def on_main_process(function: Callable):
     """What `function()` returns on the main process, on every process; where it fails there, every process fails.
 
-    Raises the ValueError of `function`, and `TrainingError` for an OSError, such as a full disk.
+    Raises the ValueError of `function`, and `QAError` for an OSError, such as a full disk.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
         shared = [None, None, False]
         dist.broadcast_object_list(shared, src=0)
         result, message, is_value_error = shared
         if message is not None:
-            raise ValueError(message) if is_value_error else TrainingError(message)
+            raise QAError(message) if is_value_error else QAError(message)
         return result
     result = failure = None
     try:
         result = function()
     except Exception as error:
-        failure = TrainingError(f"cannot write: {one_line(error)}") if isinstance(error, OSError) else error
+        failure = QAError(f"cannot write: {one_line(error)}") if isinstance(error, OSError) else error
     if dist.is_initialized():
         message = None if failure is None else str(failure)
         dist.broadcast_object_list([result, message, isinstance(failure, ValueError)], src=0)

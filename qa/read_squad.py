@@ -3,33 +3,27 @@
 The layouts are those of `qa.layouts`.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
-import uuid
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
-from datasets.features import features as registry
 from datasets.table import table_cast
 
 from qa import hub
+from qa.columns import ROWS_PER_RECORD_BATCH, DistinctText, write_arrow
+from qa.files import QAError
 from qa.layouts import KEYS, PLACE, Row, shown, squad_rows, table_rows
 
 logger = logging.getLogger(__name__)
 
 READER_VERSION = 2  # part of every cache file's name: raise it when the same file is read as something else
-ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
-
 EXAMPLE_FEATURES = Features(
     {
         "id": Value("string"),
@@ -40,30 +34,6 @@ EXAMPLE_FEATURES = Features(
     }
 )
 
-
-@dataclass
-class DistinctText:
-    """A column of strings that holds each distinct one once, of any total size: Arrow's dictionary encoding.
-
-    datasets has no feature type for it, and would write out the strings row by row.
-    """
-
-    dtype: ClassVar[str] = "large_string"
-    pa_type: ClassVar[pa.DataType] = pa.dictionary(pa.int32(), pa.large_string())
-    _type: str = field(default="DistinctText", init=False, repr=False)
-
-    def __call__(self) -> pa.DataType:
-        return self.pa_type
-
-    def cast_storage(self, storage: pa.Array) -> pa.Array:
-        if storage.type == self.pa_type:
-            return storage
-        return storage.cast(self.pa_type.value_type).dictionary_encode()
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # datasets calls all feature types of others experimental
-    registry.register_feature(DistinctText, DistinctText.__name__)
 
 # What EXAMPLE_FEATURES are on disk and in memory: a contract of 40 questions is there once.
 STORED_FEATURES = Features({**EXAMPLE_FEATURES, "context": DistinctText()})
@@ -123,9 +93,9 @@ def _conform_hub_table(dataset: Dataset, source: str) -> pa.Table:
         return _read_hub_rows(dataset, source)
     for column in ("context", "question"):
         if column not in dataset.column_names:
-            raise ValueError(f'{source}: no column "{column}"; found {", ".join(dataset.column_names)}')
+            raise QAError(f'{source}: no column "{column}"; found {", ".join(dataset.column_names)}')
     if len(dataset) == 0:
-        raise ValueError(f"{source}: holds no question")
+        raise QAError(f"{source}: holds no question")
     if "id" not in dataset.column_names or "is_impossible" in dataset.column_names:
         return _read_hub_rows(dataset, source)
     original = dataset
@@ -162,20 +132,20 @@ def _check_hub_rows(table: pa.Table, source: str) -> None:
     for column in table.column_names:
         if table[column].null_count:
             row = pc.index(pc.is_null(table[column]), True).as_py()
-            raise ValueError(f'{source}: row {row} has no value in column "{column}"')
+            raise QAError(f'{source}: row {row} has no value in column "{column}"')
     if pc.count_distinct(table["id"]).as_py() < len(table):
         counts = pc.value_counts(table["id"])
         duplicate = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        raise ValueError(f"{source}: id {duplicate!r} stands more than once")
+        raise QAError(f"{source}: id {duplicate!r} stands more than once")
     if "answers" in table.column_names:
         texts, starts = (pc.struct_field(table["answers"], name) for name in ("text", "answer_start"))
         uneven = pc.not_equal(pc.list_value_length(texts), pc.list_value_length(starts))
         row = pc.index(pc.fill_null(uneven, True), True).as_py()
         if row >= 0:
-            raise ValueError(f"{source}: row {row} has not as many answer_starts as answer texts")
+            raise QAError(f"{source}: row {row} has not as many answer_starts as answer texts")
         for name, values in (("text", texts), ("answer_start", starts)):
             if pc.list_flatten(values).null_count:
-                raise ValueError(f'{source}: column "answers" has an answer without "{name}"')
+                raise QAError(f'{source}: column "answers" has an answer without "{name}"')
 
 
 def read_squad_file(path: str, cache_dir: str | None = None) -> Dataset:
@@ -194,7 +164,7 @@ def read_squad_file(path: str, cache_dir: str | None = None) -> Dataset:
             cache_path = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files", name)
             table = None if os.path.exists(cache_path) else _parse_squad(squad_rows(file, path), path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        raise QAError(f"{path}: cannot be read: {error.strerror}") from error
     if table is not None:
         write_arrow(cache_path, _stored_features(table), [table])
     return _with_ids_noted(Dataset.from_file(cache_path), path)
@@ -226,13 +196,13 @@ def _parse_squad(squad: Iterable[tuple[Row, str]], path: str) -> pa.Table:
     contexts: dict[str, int] = {}  # each distinct one, and its number
     for (id_, title, context, question, answers), place in squad:
         if id_ in places:
-            raise ValueError(f"{path}: {place}: id {shown(id_)} is already the id of {places[id_]}")
+            raise QAError(f"{path}: {place}: id {shown(id_)} is already the id of {places[id_]}")
         places[id_] = place
         row = id_, title, contexts.setdefault(context, len(contexts)), question, answers
         for column, value in zip(rows.values(), row, strict=True):
             column.append(value)
     if not places:
-        raise ValueError(f"{path}: holds no question")
+        raise QAError(f"{path}: holds no question")
     answers = rows.pop("answers")
     columns = {name: pa.array(rows[name], pa.string()) for name in ("id", "title", "question")}
     columns["context"] = pa.DictionaryArray.from_arrays(
@@ -243,7 +213,7 @@ def _parse_squad(squad: Iterable[tuple[Row, str]], path: str) -> pa.Table:
         return table
     if any(answer is None for answer in answers):
         place = places[rows["id"][next(i for i, answer in enumerate(answers) if answer is None)]]
-        raise ValueError(f'{path}: {place}: missing key "answers", which other questions of the file have')
+        raise QAError(f'{path}: {place}: missing key "answers", which other questions of the file have')
     offsets = np.cumsum([0] + [len(answer) for answer in answers], dtype=np.int32)
     texts, starts = zip(*chain.from_iterable(answers), strict=True) if offsets[-1] else ((), ())
     struct = pa.StructArray.from_arrays(
@@ -254,29 +224,3 @@ def _parse_squad(squad: Iterable[tuple[Row, str]], path: str) -> pa.Table:
         names=["text", "answer_start"],
     )
     return table.append_column("answers", struct)
-
-
-def write_arrow(path: str, features: Features, tables: Iterable[pa.Table], notes: dict[str, str] | None = None) -> None:
-    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it.
-
-    `notes` stand in the metadata of its schema, where `arrow_notes` finds them.
-    """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    beside = f"{path}.{uuid.uuid4().hex[:8]}.writing"
-    schema = features.arrow_schema
-    schema = schema.with_metadata({**schema.metadata, **(notes or {})})
-    try:
-        with pa.OSFile(beside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for table in tables:
-                writer.write_table(table.cast(schema), max_chunksize=ROWS_PER_RECORD_BATCH)
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(beside)
-        raise
-
-
-def arrow_notes(path: str) -> dict[str, str]:
-    """The notes of a file that `write_arrow` has written."""
-    with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
-        return {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from utils_qa import write_json
+from qa.files import QAError, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> 
         if settings.get(name) != value
     ]
     if changed:
-        raise ValueError(
+        raise QAError(
             f"cannot go on with {folder}, which belongs to another run: {'; '.join(changed)}. Use the same flags, "
             "another --output_dir, or --overwrite_output_dir to start anew"
         )
@@ -121,7 +121,7 @@ def plan_training(training_args, settings: dict, restarted: bool) -> tuple[str, 
     if training_args.overwrite_output_dir and not restarted:
         for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
             if named is None and settings[flag] and _is_checkpoint_in(folder, settings[flag]):
-                raise ValueError(
+                raise QAError(
                     f"--overwrite_output_dir would remove --{flag} {settings[flag]}: name another --output_dir"
                 )
         return "training", named
@@ -129,13 +129,13 @@ def plan_training(training_args, settings: dict, restarted: bool) -> tuple[str, 
         held = [name for name in ("config.json", "train_results.json", REPAIRED_ANSWERS) if (folder / name).exists()]
         held += sorted(path.name for path in folder.glob("checkpoint-*"))
         if held and not (named and _is_checkpoint_in(folder, named)):
-            raise ValueError(
+            raise QAError(
                 f"--output_dir {folder} holds {held[0]} of something else: name another folder, or give "
                 "--overwrite_output_dir"
             )
         return "training", named
     if state["status"] == "finished" and not restarted:
-        raise ValueError(
+        raise QAError(
             f"--output_dir {folder} holds a finished run: to use it give --model_name_or_path {folder} and leave "
             "--do_train out; to train, name another folder, or give --overwrite_output_dir to train anew"
         )
@@ -193,14 +193,14 @@ def _checkpoint_to_resume(output_dir: str | os.PathLike, settings: dict) -> str 
 def _check_same_run(checkpoint: str, settings: dict) -> None:
     """Raises ValueError where `checkpoint` is not whole or was written by a run with other settings, naming them."""
     if not os.path.isdir(checkpoint):
-        raise ValueError(f"--resume_from_checkpoint {checkpoint}: there is no such folder")
+        raise QAError(f"--resume_from_checkpoint {checkpoint}: there is no such folder")
     if not _is_whole(checkpoint):
-        raise ValueError(
+        raise QAError(
             f"the checkpoint {checkpoint} is not whole: it has no {WHOLE_CHECKPOINT}; name another one or start anew"
         )
     mark = _mark(checkpoint)
     if not mark["resumable"]:
-        raise ValueError(f"the checkpoint {checkpoint} holds weights alone (--save_only_model): it cannot be resumed")
+        raise QAError(f"the checkpoint {checkpoint} holds weights alone (--save_only_model): it cannot be resumed")
     check_settings(mark["settings"], settings, checkpoint)
 
 

@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
+from qa.columns import distinct_texts
+from qa.files import QAError
 from qa.read_squad import EXAMPLE_FEATURES
-from utils_qa import distinct_texts
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,7 @@ def hold_out(splits: dict[str, Dataset], percentage: int, seed: int, source: str
     contexts = distinct_texts(train, "context")
     row, number = contexts.row, len(contexts.distinct)
     if number < 2:
-        raise ValueError(
-            f"--validation_split_percentage: {source} holds one context only, so that none can be held out"
-        )
+        raise QAError(f"--validation_split_percentage: {source} holds one context only, so that none can be held out")
     held_out = np.zeros(number, bool)
     count = min(max(round(number * percentage / 100), 1), number - 1)
     held_out[np.random.default_rng(seed).permutation(number)[:count]] = True
@@ -111,14 +110,14 @@ def place_answers(examples: Dataset, source: str, misplaced: str = "repair") -> 
     Raises ValueError when `examples` has no answers or none remain, and for "refuse".
     """
     if "answers" not in examples.column_names:
-        raise ValueError(f'{source}: missing key "answers": without gold answers it cannot be trained on')
+        raise QAError(f'{source}: missing key "answers": without gold answers it cannot be trained on')
     changes = misplaced_answers(examples, repair=misplaced == "repair")
     if not changes:
         return examples, []
     left_out = [row for row, change in changes.items() if change["repaired_start"] is None]
     _report_changes(changes.values(), len(examples), source, misplaced)
     if len(left_out) == len(examples):
-        raise ValueError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
+        raise QAError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
     if len(left_out) < len(changes):
         examples = _with_repaired_answers(examples, changes)
     if left_out:
@@ -194,7 +193,7 @@ def _report_changes(changes: Iterable[dict], total: int, source: str, misplaced:
         return f"first ids: {', '.join(ids[:IDS_SHOWN])}"
 
     if misplaced == "refuse":
-        raise ValueError(
+        raise QAError(
             f"{source}: {len(left_out)} of {total} questions have an answer whose text does not stand at its "
             f"answer_start; {first(left_out)}; --misplaced_answers repair looks for it in its context"
         )

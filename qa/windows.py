@@ -27,8 +27,9 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from qa.read_squad import arrow_notes, write_arrow
-from utils_qa import GOLD, Texts, distinct_texts
+from qa.columns import Texts, arrow_notes, distinct_texts, write_arrow
+from qa.files import QAError
+from utils_qa import GOLD
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +58,18 @@ class WindowSettings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"--{field.name} {getattr(self, field.name)}: must be at least 1")
+                raise QAError(f"--{field.name} {getattr(self, field.name)}: must be at least 1")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError for a tokenizer that is slow, pads on the left or has no padding token."""
     name = f"{type(tokenizer).__name__} of {tokenizer.name_or_path or 'no name'}"
     if not tokenizer.is_fast:
-        raise ValueError(f"{name} is a slow tokenizer: it gives no character offsets; use a model with a fast one")
+        raise QAError(f"{name} is a slow tokenizer: it gives no character offsets; use a model with a fast one")
     if tokenizer.padding_side != "right":
-        raise ValueError(f"{name} pads on the {tokenizer.padding_side}: use a model whose tokenizer pads on the right")
+        raise QAError(f"{name} pads on the {tokenizer.padding_side}: use a model whose tokenizer pads on the right")
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"{name} has no padding token: use a model whose tokenizer has one")
+        raise QAError(f"{name} has no padding token: use a model whose tokenizer has one")
 
 
 def make_train_features(
@@ -155,7 +156,7 @@ class Windows(NamedTuple):
 def _cached_features(examples, tokenizer, windows, labelled, num_proc, overwrite_cache, desc) -> Dataset:
     check_tokenizer(tokenizer)
     if len(examples) == 0:
-        raise ValueError("there is no question to make features of")
+        raise QAError("there is no question to make features of")
     contexts, questions = distinct_texts(examples, "context"), _stripped(distinct_texts(examples, "question"))
     answers = _answer_spans(examples, contexts.row, labelled)
 
@@ -407,7 +408,7 @@ def _pair_template(tokenizer) -> PairTemplate:
     text = np.array([-1 if index is None else index for index in pair.sequence_ids(0)])
     question, context = np.flatnonzero(text == 0), np.flatnonzero(text == 1)
     if len(question) == 0 or len(context) == 0:
-        raise ValueError(f"{type(tokenizer).__name__} of {tokenizer.name_or_path} makes no token of the text 'a'")
+        raise QAError(f"{type(tokenizer).__name__} of {tokenizer.name_or_path} makes no token of the text 'a'")
     parts = slice(None, question[0]), slice(question[-1] + 1, context[0]), slice(context[-1] + 1, None)
     return PairTemplate(
         *(ids[part] for part in parts), *(types[part] for part in parts), types[question[0]], types[context[0]]
@@ -419,7 +420,7 @@ def _place_windows(context_lengths, question_lengths, num_special: int, settings
     question_lengths = np.minimum(question_lengths, settings.max_query_length)
     room = settings.max_seq_length - num_special - question_lengths  # (num_examples,) context tokens of a window
     if settings.doc_stride > room.min():
-        raise ValueError(
+        raise QAError(
             f"--doc_stride {settings.doc_stride} would leave tokens of the context outside all windows: the longest "
             f"question ({question_lengths.max()} tokens) leaves {max(room.min(), 0)} of --max_seq_length "
             f"{settings.max_seq_length}; lower --doc_stride or --max_query_length, or raise --max_seq_length"
@@ -612,7 +613,7 @@ def keep_negative_windows(features: Dataset, share: float, seed: int) -> Dataset
     positive, negative = np.flatnonzero(starts > 0), np.flatnonzero(starts == 0)
     kept = np.random.default_rng(seed).permutation(negative)[: round(share * len(negative))]
     if len(positive) + len(kept) == 0:
-        raise ValueError(f"--negative_windows {share} leaves nothing to train on: no window holds an answer; raise it")
+        raise QAError(f"--negative_windows {share} leaves nothing to train on: no window holds an answer; raise it")
     if share == 1:
         return features
     logger.info(

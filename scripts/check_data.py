@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets  # noqa: E402
 
+from qa.columns import distinct_texts  # noqa: E402
 from qa.layouts import layout  # noqa: E402
 from qa.legacy_flags import OneLineParser  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
@@ -36,7 +37,6 @@ from qa.windows import (  # noqa: E402
     make_features,
     make_train_features,
 )
-from utils_qa import distinct_texts  # noqa: E402
 
 IDS_SHOWN = 5
 BAR = 40  # characters of the longest one

@@ -43,9 +43,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from qa.files import write_text  # noqa: E402
 from qa.load_model import POSITION_EMBEDDING_TYPES  # noqa: E402
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering  # noqa: E402
-from utils_qa import write_text  # noqa: E402
 
 HELD_OUT_PARAGRAPHS = {"validation": 200, "test": 100}
 PARAGRAPHS_PER_ARTICLE = 20

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets  # noqa: E402
 import transformers  # noqa: E402
 
+from qa.files import write_text  # noqa: E402
 from qa.layouts import NO_START  # noqa: E402
 from qa.legacy_flags import OneLineParser  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
@@ -31,7 +32,7 @@ from qa.read_squad import load_examples  # noqa: E402
 from qa.run_folder import QA_SETTINGS  # noqa: E402
 from qa.train_questions import hold_out  # noqa: E402
 from qa.windows import WindowSettings, make_features  # noqa: E402
-from utils_qa import QAPredictions, raw_scores, squad_scores, write_text  # noqa: E402
+from utils_qa import QAPredictions, raw_scores, squad_scores  # noqa: E402
 
 WORST_QUESTIONS = 50
 LONGEST_CONTEXT = 2000  # characters; of a longer one only what surrounds the answers is shown

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetInfo, Features, Value
 from datasets.naming import camelcase_to_snakecase
 from datasets.splits import SplitDict, SplitInfo
 
-from qa.read_squad import DistinctText
+from qa.columns import DistinctText
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

@@ -14,18 +14,13 @@ from test_windows import golden_tokenizer
 from tiny import NO_ANSWER
 
 from qa import read_squad
-from qa.read_squad import (
-    EXAMPLE_FEATURES,
-    STORED_FEATURES,
-    load_examples,
-    read_squad_file,
-)
+from qa.columns import distinct_texts
+from qa.read_squad import EXAMPLE_FEATURES, STORED_FEATURES, load_examples, read_squad_file
 from qa.train_questions import place_answers
 from qa.windows import (
     WindowSettings,
     make_train_features,
 )
-from utils_qa import distinct_texts
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from datasets import Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qa.files import write_json, write_text
 from utils_qa import (
     WINDOWS_PER_MERGE,
     AnswerSearch,
@@ -26,9 +27,7 @@ from utils_qa import (
     normalize_answer,
     postprocess_qa_predictions,
     squad_scores,
-    write_json,
     write_predictions,
-    write_text,
 )
 
 GOLDEN_METRIC = json.loads((Path(__file__).parent / "golden" / "metric.json").read_text(encoding="utf-8"))

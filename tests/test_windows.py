@@ -25,9 +25,7 @@ from transformers import (
 )
 
 from qa import read_squad, windows
-from qa.read_squad import (
-    EXAMPLE_FEATURES,
-)
+from qa.read_squad import EXAMPLE_FEATURES
 from qa.windows import (
     QADataCollator,
     WindowSettings,

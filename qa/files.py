@@ -1,0 +1,45 @@
+"""What every room needs and none is about: one class of errors, flags of at least 1, and files written whole."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+
+
+class QAError(ValueError):
+    """What is wrong, where, and what to do about it, in one line for the user, who sees no traceback."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def require_at_least_1(settings, *names: str) -> None:
+    """Raises QAError for the first of these attributes, which are flags, that is below 1; None is no value."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise QAError(f"--{name} is {value}, must be at least 1")
+
+
+def write_text(path: str | os.PathLike, pieces: Iterable[str]) -> None:
+    """Writes the pieces, one after the other, as UTF-8. A reader sees the old file or the new one, never a part.
+
+    Raises QAError that names the file where it cannot be written, as on a full disk.
+    """
+    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+    try:
+        os.makedirs(os.path.dirname(partial) or ".", exist_ok=True)
+        with open(partial, "w", encoding="utf-8", buffering=2**20) as file:
+            file.writelines(pieces)
+        os.replace(partial, path)
+    except OSError as error:
+        raise QAError(f"cannot write {os.fspath(path)}: {error.strerror or one_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+
+
+def write_json(path: str | os.PathLike, obj) -> None:
+    """Writes `obj` as JSON (indent 4, ASCII), as `write_text` does. Raises ValueError for NaN and infinity."""
+    write_text(path, [json.dumps(obj, indent=4, allow_nan=False), "\n"])
