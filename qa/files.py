@@ -1,9 +1,11 @@
-"""What every room needs and none is about: one class of errors, flags of at least 1, and files written whole."""
+"""What every room needs and none is about: errors in one line, and files written whole."""
 
+import argparse
 import contextlib
 import json
 import os
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class QAError(ValueError):
@@ -20,6 +22,16 @@ def require_at_least_1(settings, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise QAError(f"--{name} is {value}, must be at least 1")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.refuse(f"{message} (--help shows all flags)")
+
+    def refuse(self, error: object) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {error}\n")
 
 
 def write_text(path: str | os.PathLike, pieces: Iterable[str]) -> None:

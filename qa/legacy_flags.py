@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from transformers import HfArgumentParser
 
@@ -408,16 +408,6 @@ def flags_from_json(path: str | os.PathLike) -> list[str]:
         elif texts:
             argv += [f"--{key}", *texts]
     return argv
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.refuse(f"{message} (--help shows all flags)")
-
-    def refuse(self, error: object) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {error}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -30,7 +30,7 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: E402
 
 from qa import hub  # noqa: E402
-from qa.legacy_flags import OneLineParser  # noqa: E402
+from qa.files import OneLineParser  # noqa: E402
 from qa.load_model import check_length, grow_positions, load_config, load_model, load_tokenizer  # noqa: E402
 from qa.processes import set_up_logging  # noqa: E402
 from qa.run_folder import QA_SETTINGS  # noqa: E402

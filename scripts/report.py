@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets  # noqa: E402
 import transformers  # noqa: E402
 
-from qa.files import write_text  # noqa: E402
+from qa.files import (
+    OneLineParser,  # noqa: E402
+    write_text,  # noqa: E402
+)
 from qa.layouts import NO_START  # noqa: E402
-from qa.legacy_flags import OneLineParser  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
 from qa.read_squad import load_examples  # noqa: E402
 from qa.run_folder import QA_SETTINGS  # noqa: E402
