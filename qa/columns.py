@@ -13,6 +13,8 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.features import features as registry
 
+from qa.files import QAError, one_line
+
 ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
 
 
@@ -20,7 +22,7 @@ ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
 class DistinctText:
     """A column of strings that holds each distinct one once, of any total size: Arrow's dictionary encoding.
 
-    datasets has no feature type for it, and would write out the strings row by row.
+    datasets has no feature type for it: under its own ones it writes out, or reads, the strings row by row.
     """
 
     dtype: ClassVar[str] = "large_string"
@@ -53,47 +55,34 @@ def distinct_texts(dataset: Dataset, name: str, rows: slice = slice(None)) -> Te
     column = dataset.with_format("arrow", columns=[name])[rows].column(name)
     if not pa.types.is_dictionary(column.type):  # large strings: texts of more than 2 GB make one array
         column = column.cast(pa.large_string()).dictionary_encode()
-    if column.num_chunks == 0:
-        return Texts(pa.array([], pa.large_string()), np.zeros(0, np.int32))
-    column = pa.concat_arrays(column.chunks)
+    column = column.combine_chunks()
     # A selection of rows has the dictionary of all of them.
     used, first, row = np.unique(column.indices.to_numpy(), return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order))
-    used, distinct = used[order], column.dictionary
-    if len(used) < len(distinct) or (np.diff(used) < 0).any():
-        distinct = distinct.take(pa.array(used))
-    return Texts(distinct, rank[row])
+    return Texts(column.dictionary.take(pa.array(used[order])), rank[row])
 
 
 def column(dataset: Dataset, name: str) -> pa.Array:
     """One column as one Arrow array: no Python object per row, and a selection or shuffle of rows is honoured."""
-    chunks = dataset.with_format("arrow", columns=[name])[:].column(name)
-    return pa.concat_arrays(chunks.chunks) if chunks.num_chunks else pa.array([], chunks.type)
+    return dataset.with_format("arrow", columns=[name])[:].column(name).combine_chunks()
 
 
-def write_arrow(path: str, features: Features, tables: Iterable[pa.Table], notes: dict[str, str] | None = None) -> None:
-    """Writes an Arrow file that `Dataset.from_file` reads, beside its place, and renames it.
+def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
+    """Writes an Arrow file that `Dataset.from_file` reads. A reader sees no file or the whole one, never a part.
 
-    `notes` stand in the metadata of its schema, where `arrow_notes` finds them.
+    Raises QAError that names the file where it cannot be written, as on a full disk.
     """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    beside = f"{path}.{uuid.uuid4().hex[:8]}.writing"
-    schema = features.arrow_schema
-    schema = schema.with_metadata({**schema.metadata, **(notes or {})})
+    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        with pa.OSFile(beside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with pa.OSFile(partial, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
             for table in tables:
-                writer.write_table(table.cast(schema), max_chunksize=ROWS_PER_RECORD_BATCH)
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(beside)
-        raise
-
-
-def arrow_notes(path: str) -> dict[str, str]:
-    """The notes of a file that `write_arrow` has written."""
-    with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
-        return {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}
+                writer.write_table(table.cast(features.arrow_schema), max_chunksize=ROWS_PER_RECORD_BATCH)
+        os.replace(partial, path)
+    except OSError as error:
+        raise QAError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)

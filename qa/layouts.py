@@ -1,5 +1,13 @@
-"""From a file's bytes, or a table's rows, to questions: JSON, JSON lines and Parquet, in any of SQuAD's layouts."""
+"""From a file's bytes to questions: JSON, JSON lines and Parquet, each also gzipped, in any of SQuAD's layouts.
 
+A file holds records: articles `{"title", "paragraphs": [...]}`, paragraphs `{"context", "qas": [...]}` or flat rows
+`{"context", "question", ...}`. JSON holds them in a list, in a list under "data", or one alone; JSON lines hold one a
+line, Parquet one a row, whose empty cells are missing keys. The bytes say which it is, not the file's name.
+
+Errors are QAErrors that name the place in the file; `errors_of` puts the file's name before it.
+"""
+
+import contextlib
 import gzip
 import io
 import json
@@ -7,8 +15,8 @@ import re
 import reprlib
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
-from typing import Any, BinaryIO, NamedTuple
+from itertools import chain, islice
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,78 +28,60 @@ NO_START = -1  # of an answer that was given as a text alone
 PLACE = r"(data\[\d+\]|row \d+)(\.paragraphs\[\d+\])?(\.qas\[\d+\])?"
 KEYS = ("paragraphs", "qas", "id", "title", "context", "question", "answers", "is_impossible")
 LAYOUT_KEYS = (
-    '"paragraphs" (an article of SQuAD), "context" and "qas" (a paragraph) or "context" and "question" (a flat row)'
+    '"data" (a file of SQuAD), "paragraphs" (an article), "context" and "qas" (a paragraph) or "context" and "question"'
 )
-FORMATS = "read are JSON, JSON lines and Parquet, each also gzipped"
-
+FORMATS = "read are JSON and JSON lines in UTF-8, and Parquet, each also gzipped"
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how such files begin
-MOST_DECOMPRESSED = 2**33  # bytes that a file may hold when it is decompressed
-MOST_COMPRESSION = 250  # times its own size; of questions 3 to 60 is usual, and gzip reaches 1032
-ALWAYS_DECOMPRESSED = 2**26  # bytes that no file is refused for, however small it is
 ROWS_PER_BATCH = 1000
-
-# Id, title, context, question, and the answers as (text, start), which are None where the source has none.
-Row = tuple[str, str, str, str, list[tuple[str, int]] | None]
+JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
 
 
-class Source(NamedTuple):
-    """What a file holds, before anything of it is checked."""
-
-    format: str
-    items: Iterator[Any]  # articles, paragraphs or flat rows
-    place: str  # of an item, with {} for its number
-
-
-def squad_rows(file: BinaryIO, path: str) -> Iterator[tuple[Row, str]]:
-    """The questions of an open file that `path` names, each with its place in it; reads as they are asked for.
-
-    JSON, JSON lines (one item a line) or Parquet (one item a row), gzipped or not, as the bytes say, not the name. An
-    item is an article `{"title", "paragraphs": [...]}`, a paragraph `{"context", "qas": [...]}` or a flat row
-    `{"context", "question", ...}`; JSON holds them in a list, in a list under "data", or one alone. Answers are
-    `[{"text", "answer_start"}]`, `{"text": [], "answer_start": []}` or texts alone; `answer_start` may be a text or a
-    whole float, and is NO_START where it is missing. `is_impossible` (SQuAD 2.0) gives no answers. A question without
-    an id gets its place for one. Parquet's empty cells are missing keys.
-
-    Raises ValueError of one line with `path` and the place; so too where more than MOST_DECOMPRESSED bytes, or (beyond
-    ALWAYS_DECOMPRESSED) MOST_COMPRESSION times the file's size, would come out of a file.
-    """
-    source = _open(file, path)
-    return _rows(source.items, source.place, path)
-
-
-def table_rows(batches: Iterable[pa.Table], path: str) -> Iterator[tuple[Row, str]]:
-    """As `squad_rows`, of a table whose rows are articles, paragraphs or flat rows."""
-    return _rows(chain.from_iterable(batch.to_pylist() for batch in batches), "row {}", path)
+@contextlib.contextmanager
+def errors_of(path: str) -> Iterator[None]:
+    """Around all that reads from `path`: errors of reading become QAErrors that begin with it."""
+    try:
+        yield
+    except QAError as error:
+        raise QAError(f"{path}: {error}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise QAError(f"{path}: gzip that is damaged or breaks off, fetch it again: {one_line(error)}") from error
+    except OSError as error:
+        raise QAError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
 
 
 def layout(file: BinaryIO, path: str) -> str:
-    """What a file is to `squad_rows`, such as "gzipped JSON, articles". Raises ValueError as it does."""
-    source = _open(file, path)
-    for number, item in enumerate(source.items):
-        return f"{source.format}, {_kind(item, source.place.format(number), path)}"
-    raise QAError(f"{path}: holds no question")
+    """What an open file is to `file_rows`, such as "gzipped JSON, articles". Raises QAError that names `path`."""
+    with errors_of(path):
+        format_, records, place = _open(file)
+        for record in records:
+            return f"{format_}, {_kind(record, place.format(0))}"
+        raise QAError("holds no question")
 
 
-# ---- From bytes to items ----
+def file_rows(file: BinaryIO) -> Iterator[dict]:
+    """The questions of an open file, as `record_rows` gives them."""
+    _, records, place = _open(file)
+    yield from record_rows(records, place)
 
 
-def _open(file: BinaryIO, path: str) -> Source:
+# ---- From bytes to records ----
+
+
+def _open(file: BinaryIO) -> tuple[str, Iterator[Any], str]:
+    """The format, the records, read as they are asked for, and what names a record, with {} for its number."""
     gzipped = ""
     if _begins(file, GZIP):
-        gzipped, file = "gzipped ", io.BufferedReader(_Gunzipped(file, path))
+        gzipped, file = "gzipped ", gzip.GzipFile(fileobj=file)
     if _begins(file, PARQUET):
         # Of Parquet the end is read first.
-        return Source(f"{gzipped}Parquet", _parquet_items(io.BytesIO(file.read()) if gzipped else file, path), "row {}")
-    root = _parse_json(file, path)
-    if isinstance(root, Iterator):
-        return Source(f"{gzipped}JSON lines", root, "row {}")
-    if isinstance(root, dict) and "data" in root:
-        return Source(f"{gzipped}JSON", iter(_typed(root["data"], list, "data", path)), "data[{}]")
-    if isinstance(root, dict):
-        if _kind_of(root) is None:
-            raise QAError(f'{path}: missing key "data" (SQuAD), {LAYOUT_KEYS}; found {shown(list(root))}')
-        root = [root]
-    return Source(f"{gzipped}JSON", iter(_typed(root, list, "the file", path)), "row {}")
+        return f"{gzipped}Parquet", _parquet_records(io.BytesIO(file.read()) if gzipped else file), "row {}"
+    value = _read_json(file)
+    if isinstance(value, Iterator):
+        return f"{gzipped}JSON lines", value, "row {}"
+    if isinstance(value, dict) and "data" in value:
+        return f"{gzipped}JSON", iter(_check(value["data"], list, "data")), "data[{}]"
+    records = [value] if isinstance(value, dict) else _check(value, list, "the file")
+    return f"{gzipped}JSON", iter(records), "row {}"
 
 
 def _begins(file: BinaryIO, magic: bytes) -> bool:
@@ -101,254 +91,174 @@ def _begins(file: BinaryIO, magic: bytes) -> bool:
     return begins
 
 
-class _Gunzipped(io.RawIOBase):
-    """What a gzipped file holds, up to the size where reading stops. Raises ValueError of one line."""
+def _read_json(file: BinaryIO) -> Any:
+    """The values of JSON lines, where the first line is one and others follow; else the one value of the file."""
+    contexts: dict[str, str] = {}
 
-    def __init__(self, file: BinaryIO, path: str):
-        self.path, self.size = path, file.seek(0, io.SEEK_END)
-        self.limit = min(MOST_DECOMPRESSED, max(ALWAYS_DECOMPRESSED, MOST_COMPRESSION * self.size))
-        file.seek(0)
-        self.file = gzip.GzipFile(fileobj=file)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
-        return self.file.seek(place, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def readinto(self, buffer) -> int:
-        try:
-            part = self.file.read(len(buffer))
-        except EOFError as error:
-            raise QAError(f"{self.path}: its gzip data breaks off after {self.size} bytes: fetch it again") from error
-        except (OSError, zlib.error) as error:
-            raise QAError(f"{self.path}: damaged gzip: {one_line(error)}") from error
-        if self.tell() > self.limit:
-            raise QAError(
-                f"{self.path}: {self.size} bytes of gzip hold more than {self.limit}, which is where reading stops (at "
-                f"{MOST_COMPRESSION} times the size, at {MOST_DECOMPRESSED} bytes at most): decompress it yourself if "
-                "that is meant"
-            )
-        buffer[: len(part)] = part
-        return len(part)
-
-
-def _parse_json(file: BinaryIO, path: str) -> Any:
-    """The file's JSON value, or an iterator over the values of its lines, which reads one at a time."""
-    file.seek(0)
-    lines = _lines(file, path)
-    _, first = next(lines, (0, None))
-    if first is None:
-        raise QAError(f"{path}: is empty")
-    try:
-        value = json.loads(first, object_hook=_ShareContexts())
-    except (RecursionError, ValueError):  # of a value of many lines, or of none; the whole file tells
-        pass
-    else:
-        return value if next(lines, None) is None else _parse_json_lines(file, path)
-    del first
-    file.seek(0)
-    try:
-        return json.loads(_decode(file.read(), 0, path), object_hook=_ShareContexts())
-    except json.JSONDecodeError as error:
-        raise QAError(f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise QAError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
-    except ValueError as error:
-        if str(error).startswith(path):
-            raise
-        raise QAError(f"{path}: JSON that cannot be read: {one_line(error)}") from error
-
-
-class _ShareContexts:
-    """Makes equal contexts of objects that `json` reads one string, as soon as each is read."""
-
-    def __init__(self):
-        self.contexts: dict[str, str] = {}
-
-    def __call__(self, item: dict) -> dict:
-        context = item.get("context")
-        if isinstance(context, str):
-            item["context"] = self.contexts.setdefault(context, context)
+    def share_context(item: dict) -> dict:
+        if isinstance(item.get("context"), str):
+            item["context"] = contexts.setdefault(item["context"], item["context"])
         return item
 
-
-def _parse_json_lines(file: BinaryIO, path: str) -> Iterator[Any]:
-    file.seek(0)
-    for number, line in _lines(file, path):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise QAError(f"{path}: line {number} column {error.colno}: not JSON: {error.msg}") from error
-        except (RecursionError, ValueError) as error:
-            raise QAError(f"{path}: line {number}: JSON that cannot be read: {one_line(error)}") from error
-
-
-def _lines(file: BinaryIO, path: str) -> Iterator[tuple[int, str]]:
-    """The lines from here on that are not blank, and their numbers."""
-    start = file.tell()
-    for number, line in enumerate(file, start=1):
-        text = _decode(line, start, path)
-        start += len(line)
-        if text and not text.isspace():
-            yield number, text
-
-
-def _decode(content: bytes, start: int, path: str) -> str:
+    decoder = json.JSONDecoder(object_hook=share_context)  # equal contexts are one string as soon as each is read
+    # What is not UTF-8 becomes halves of surrogate pairs, which no string may have.
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
+    lines = ((number, line) for number, line in enumerate(text, start=1) if not line.isspace())
+    number, line = next(lines, (0, ""))
+    if not line:
+        raise QAError("is empty")
     try:
-        return content.decode("utf-8-sig" if start == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise QAError(f"{path}: byte {start + error.start}: not UTF-8 text; {FORMATS}") from error
+        value = _parse(line, number, decoder)
+    except QAError:  # of a value on many lines, or of none
+        text.seek(0)
+        return _parse(text.read(), 1, decoder)
+    others = (_parse(line, number, decoder) for number, line in lines)
+    values = [value, *islice(others, 1)]
+    return chain(values, others) if len(values) > 1 else value
 
 
-def _parquet_items(file: BinaryIO, path: str) -> Iterator[dict]:
-    size = 0
+def _parse(text: str, line: int, decoder: json.JSONDecoder) -> Any:
+    """The JSON value of a text that begins in that line of the file."""
     try:
-        table = pq.ParquetFile(file)
-        names = table.schema_arrow.names
-        if _kind_of(dict.fromkeys(names, True)) is None:
-            raise _NoLayout(f"{path}: no column {LAYOUT_KEYS}; found {shown(names)}")
-        for batch in table.iter_batches(ROWS_PER_BATCH, columns=[name for name in names if name in KEYS]):
-            size += batch.nbytes
-            if size > MOST_DECOMPRESSED:
-                raise _NoLayout(f"{path}: Parquet of more than {MOST_DECOMPRESSED} bytes, which is where reading stops")
+        return decoder.decode(text)
+    except json.JSONDecodeError as error:
+        place = f"line {line + error.lineno - 1} column {error.colno}"
+        raise QAError(f"{place}: not JSON: {error.msg}; {FORMATS}") from error
+    except (RecursionError, ValueError) as error:  # of very deep values and very long numbers
+        raise QAError(f"line {line}: JSON that cannot be read: {one_line(error)}") from error
+
+
+def _parquet_records(file: BinaryIO) -> Iterator[dict]:
+    try:
+        parquet = pq.ParquetFile(file)
+        columns = known_columns(parquet.schema_arrow.names)
+        for batch in parquet.iter_batches(ROWS_PER_BATCH, columns=columns):
             yield from batch.to_pylist()
-    except _NoLayout as error:
-        raise QAError(str(error)) from None
+    except QAError:
+        raise
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
-        raise QAError(f"{path}: Parquet that cannot be read: {one_line(error)[:200]}") from error
+        raise QAError(f"Parquet that cannot be read: {one_line(error)[:200]}") from error
 
 
-class _NoLayout(Exception):
-    """Told apart from what pyarrow raises."""
+def known_columns(names: list[str]) -> list[str]:
+    """Those of a table's columns that are read. Raises QAError where they are those of no layout."""
+    _kind(dict.fromkeys(names, True), "its columns")
+    return [name for name in names if name in KEYS]
 
 
-# ---- From items to questions ----
+# ---- From records to questions ----
 
 
-def _kind_of(item: dict) -> str | None:
-    """What the item is by its keys, of which Parquet's empty cells are none."""
-    for key, kind in (("paragraphs", "articles"), ("qas", "paragraphs")):
-        if item.get(key) is not None:
-            return kind
-    return "flat rows" if "context" in item else None
+def record_rows(records: Iterable[Any], place: str = "row {}") -> Iterator[dict]:
+    """The questions of articles, paragraphs and flat rows; `place` names a record, with {} for its number.
 
-
-def _kind(item: Any, place: str, path: str) -> str:
-    kind = _kind_of(_typed(item, dict, place, path))
-    if kind is None:
-        raise QAError(f"{path}: {place}: missing key {LAYOUT_KEYS}; found {shown(list(item))}")
-    return kind
-
-
-def _rows(items: Iterable[Any], place_of: str, path: str) -> Iterator[tuple[Row, str]]:
-    for i, item in enumerate(items):
-        place = place_of.format(i)
-        kind = _kind(item, place, path)
-        title = "" if item.get("title") is None else _string(item, "title", place, path)
+    Each is {"id", "title", "context", "question", "answers", "place"}. The id is the place where there is none. Answers
+    are {"text": [str, ...], "answer_start": [int, ...]}, or None where the source has none. It may have them in this
+    form, as [{"text", "answer_start"}, ...] or as texts alone, and a start as a text or a whole float; a missing one is
+    NO_START. `is_impossible` (SQuAD 2.0) means no answers.
+    """
+    for number, record in enumerate(records):
+        record_place = place.format(number)
+        kind = _kind(record, record_place)
+        title = _get(record, "title", str, record_place, default="")
+        if kind == "flat rows":
+            yield _row(record, title, _get(record, "context", str, record_place), record_place)
+            continue
+        paragraphs = [(record, record_place)]
         if kind == "articles":
-            for j, paragraph in enumerate(_typed(item["paragraphs"], list, f"{place}.paragraphs", path)):
-                yield from _paragraph_rows(paragraph, title, f"{place}.paragraphs[{j}]", path)
-        elif kind == "paragraphs":
-            yield from _paragraph_rows(item, title, place, path)
-        else:
-            context = _string(item, "context", place, path)
-            yield _question_row(item, title, context, place, path), place
+            paragraphs = _objects(record, "paragraphs", record_place)
+        for paragraph, paragraph_place in paragraphs:
+            context = _get(paragraph, "context", str, paragraph_place)
+            for question, question_place in _objects(paragraph, "qas", paragraph_place):
+                yield _row(question, title, context, question_place)
 
 
-def _paragraph_rows(paragraph: Any, title: str, place: str, path: str) -> Iterator[tuple[Row, str]]:
-    _typed(paragraph, dict, place, path)
-    context = _string(paragraph, "context", place, path)
-    for k, question in enumerate(_typed(_required(paragraph, "qas", place, path), list, f"{place}.qas", path)):
-        question_place = f"{place}.qas[{k}]"
-        _typed(question, dict, question_place, path)
-        yield _question_row(question, title, context, question_place, path), question_place
+def _kind(record: Any, place: str) -> str:
+    _check(record, dict, place)
+    for key, kind in (("paragraphs", "articles"), ("qas", "paragraphs")):
+        if record.get(key) is not None:
+            return kind
+    if "context" not in record:
+        raise QAError(f"{place}: missing key {LAYOUT_KEYS}; found {shown(list(record))}")
+    return "flat rows"
 
 
-def _question_row(item: dict, title: str, context: str, place: str, path: str) -> Row:
+def _row(item: dict, title: str, context: str, place: str) -> dict:
     id_ = item.get("id")
-    if id_ is None:
-        id_ = place
-    elif type(id_) is int:
-        id_ = str(id_)
-    else:
-        id_ = _string(item, "id", place, path)
-    question = _string(item, "question", place, path)
-    if item.get("is_impossible") is not None and _typed(item["is_impossible"], bool, f"{place}.is_impossible", path):
-        answers = []
-    elif item.get("answers") is None:
-        answers = None
-    else:
-        answers = _answers(item["answers"], f"{place}.answers", path)
-    return id_, title, context, question, answers
+    return {
+        "id": str(id_) if type(id_) is int else _get(item, "id", str, place, default=place),
+        "title": title,
+        "context": context,
+        "question": _get(item, "question", str, place),
+        "answers": _answers(item, place),
+        "place": place,
+    }
 
 
-def _answers(value: Any, place: str, path: str) -> list[tuple[str, int]]:
-    """Of {"text": [...], "answer_start": [...]}, [{"text", "answer_start"}, ...] or [text, ...]."""
-    if isinstance(value, dict):
-        texts = _typed(_required(value, "text", place, path), list, f"{place}.text", path)
-        starts = value.get("answer_start")
-        if starts is None:
-            starts = [None] * len(texts)
-        if len(texts) != len(_typed(starts, list, f"{place}.answer_start", path)):
-            raise QAError(f"{path}: {place}: {len(texts)} texts but {len(starts)} answer_starts")
-        value = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
-    answers = []
-    for i, answer in enumerate(_typed(value, list, place, path)):
-        answer_place = f"{place}[{i}]"
-        if isinstance(answer, str):
-            answer = {"text": answer}
-        _typed(answer, dict, answer_place, path)
-        text = _string(answer, "text", answer_place, path)
-        answers.append((text, _start(answer.get("answer_start"), f"{answer_place}.answer_start", path)))
-    return answers
+def _answers(item: dict, place: str) -> dict[str, list] | None:
+    if _get(item, "is_impossible", bool, place, default=False):
+        return {"text": [], "answer_start": []}
+    if item.get("answers") is None:
+        return None
+    answers, place = item["answers"], f"{place}.answers"
+    if isinstance(answers, dict):
+        texts = _get(answers, "text", list, place)
+        starts = _get(answers, "answer_start", list, place, default=[None] * len(texts))
+        if len(texts) != len(starts):
+            raise QAError(f"{place}: {len(texts)} texts but {len(starts)} answer_starts")
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    read: dict[str, list] = {"text": [], "answer_start": []}
+    for number, answer in enumerate(_check(answers, list, place)):
+        answer_place = f"{place}[{number}]"
+        answer = {"text": answer} if isinstance(answer, str) else _check(answer, dict, answer_place)
+        read["text"].append(_get(answer, "text", str, answer_place))
+        read["answer_start"].append(_start(answer.get("answer_start"), f"{answer_place}.answer_start"))
+    return read
 
 
-def _start(value: Any, place: str, path: str) -> int:
+def _start(value: Any, place: str) -> int:
     if value is None:
         return NO_START
-    start = value
-    if isinstance(value, str) and (number := re.fullmatch(r"\s*(-?[0-9]{1,19})(\.0*)?\s*", value)):
-        start = int(number[1])
-    elif isinstance(value, float) and value.is_integer():
-        start = int(value)
-    start = _typed(start, int, place, path)
-    if not -(2**31) <= start < 2**31:
-        raise QAError(f"{path}: {place}: {shown(value)} is outside every text")
-    return start
+    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,19}(\.0*)?\s*", value):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not -(2**31) <= _check(value, int, place) < 2**31:
+        raise QAError(f"{place}: {shown(value)} is outside every text")
+    return value
+
+
+def _objects(item: dict, key: str, place: str) -> Iterator[tuple[dict, str]]:
+    """The objects of the list under `key`, each with its place."""
+    for number, value in enumerate(_get(item, key, list, place)):
+        value_place = f"{place}.{key}[{number}]"
+        yield _check(value, dict, value_place), value_place
+
+
+def _get(item: dict, key: str, kind: type, place: str, default: Any = None) -> Any:
+    """The value under `key`, checked; `default`, if there is one, where it is missing or null."""
+    value = item.get(key)
+    if value is None and default is not None:
+        return default
+    if key not in item:
+        raise QAError(f'{place}: missing key "{key}"; found {shown(list(item))}')
+    return _check(value, kind, f"{place}.{key}")
+
+
+def _check(value: Any, kind: type, place: str) -> Any:
+    """The value, which must be of that kind and, as a string, text that can be written."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise QAError(f"{place}: must be {JSON_NAMES[kind]}, is {shown(value)}")
+    if kind is str:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = "is not UTF-8, or is half of a surrogate pair"
+            raise QAError(f"{place}: character {error.start} {what}") from error
+    return value
 
 
 def shown(value: Any) -> str:
     """The beginning of a value for a message, however large or deep it is."""
     text = reprlib.repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
-
-
-def _required(item: dict, key: str, place: str, path: str) -> Any:
-    if key not in item:
-        raise QAError(f'{path}: {place}: missing key "{key}"; found {shown(list(item))}')
-    return item[key]
-
-
-def _typed(value: Any, kind: type, place: str, path: str) -> Any:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise QAError(f"{path}: {place}: must be {JSON_NAMES[kind]}, is {shown(value)}")
-    return value
-
-
-def _string(item: dict, key: str, place: str, path: str) -> str:
-    value = _typed(_required(item, key, place, path), str, f"{place}.{key}", path)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise QAError(f"{path}: {place}.{key}: character {error.start} is half of a surrogate pair") from error
-    return value

@@ -1,4 +1,4 @@
-"""What people really have: exports of annotation tools, files of simpletransformers and pandas, gzip, and bombs."""
+"""What people really have: exports of annotation tools, files of simpletransformers and pandas, broken files."""
 
 import gzip
 import io
@@ -10,26 +10,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from hub_cache import cache_dataset
 
-from qa import layouts
+from qa.files import QAError
 from qa.layouts import NO_START, layout
-from qa.read_squad import STORED_FEATURES, load_examples, read_squad_file
+from qa.read_squad import STORED_FEATURES, read_squad_file
 
-CONTEXT = "The bridge of 1890 is made of steel. Steel rusts."
-QUESTION = {"id": "q1", "question": "Of what?", "answers": [{"text": "steel", "answer_start": 30}]}
-OTHER = {"id": "q2", "question": "When?", "answers": [{"text": "1890", "answer_start": 14}]}
+CONTEXT = "Ünïcode 😀: the bridge of 1890 is made of steel."
+QUESTION = {"id": "q1", "question": "Of what?", "answers": [{"text": "steel", "answer_start": 42}]}
+OTHER = {"id": "q2", "question": "When?", "answers": [{"text": "1890", "answer_start": 26}, {"text": "", **{}}]}
+OTHER["answers"][1]["answer_start"] = 0
 PARAGRAPH = {"context": CONTEXT, "qas": [QUESTION, OTHER]}
 ARTICLE = {"title": "Bridges", "paragraphs": [PARAGRAPH]}
 
 
-def flat(question: dict, **changes) -> dict:
-    return {"title": "", "context": CONTEXT, **question, **changes}
+def row(**changes) -> dict:
+    """A flat row; of a change to Ellipsis the key is missing."""
+    item = {"title": "", "context": CONTEXT, **QUESTION, **changes}
+    return {key: value for key, value in item.items() if value is not ...}
 
 
-@pytest.fixture(autouse=True)
-def datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+def nested(**changes) -> dict:
+    return {"data": [{"title": "", "paragraphs": [{"context": CONTEXT, "qas": [row(title=..., **changes)]}]}]}
 
 
 @pytest.fixture
@@ -39,9 +40,7 @@ def read(tmp_path):
     def read(content, name: str = "file") -> Dataset:
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        examples = read_squad_file(path, tmp_path / "cache")
-        assert examples.features == STORED_FEATURES
-        return examples
+        return read_squad_file(path, tmp_path / "cache")
 
     return read
 
@@ -65,11 +64,11 @@ LAYOUTS = {
     "a list of paragraphs (simpletransformers)": ([PARAGRAPH], "", "JSON, paragraphs"),
     "paragraphs under data (Haystack)": ({"data": [PARAGRAPH]}, "", "JSON, paragraphs"),
     "one article": (ARTICLE, "Bridges", "JSON, articles"),
-    "one article without a title": ({"paragraphs": [PARAGRAPH]}, "", "JSON, articles"),
     "one paragraph": (PARAGRAPH, "", "JSON, paragraphs"),
     "a list of articles": ([ARTICLE], "Bridges", "JSON, articles"),
-    "articles under data": ({"data": [ARTICLE]}, "Bridges", "JSON, articles"),
-    "flat rows": ([flat(QUESTION), flat(OTHER)], "", "JSON, flat rows"),
+    "articles under data": ({"version": "1.1", "data": [ARTICLE]}, "Bridges", "JSON, articles"),
+    "flat rows": ([row(), row(**OTHER)], "", "JSON, flat rows"),
+    "flat rows as datasets writes them": (expected("Bridges"), "Bridges", "JSON, flat rows"),
 }
 
 
@@ -83,225 +82,190 @@ def as_parquet(items) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzipped"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_each_layout_in_each_format(name, compress, read):
+def test_each_layout_in_each_format(name, read):
     content, title, what = LAYOUTS[name]
     items = content if isinstance(content, list) else content.get("data", [content])
-    zipped = "gzipped " if compress is gzip.compress else ""
-    forms = {"JSON": json.dumps(content).encode(), "Parquet": as_parquet(items)}
+    forms = {
+        "JSON": json.dumps(content, ensure_ascii=False).encode(),
+        "indented JSON": json.dumps(content, indent=4).encode(),
+        "Parquet": as_parquet(items),
+    }
     if len(items) > 1:  # a single line is JSON
         forms["JSON lines"] = as_json_lines(items)
     for form, data in forms.items():
-        data = compress(data)
-        assert read(data, "data.json").to_list() == expected(title)
-        assert layout(io.BytesIO(data), "file") == f"{zipped}{what.replace('JSON', form)}"
+        for zipped, compressed in (("", data), ("gzipped ", gzip.compress(data))):
+            examples = read(compressed)
+            assert examples.to_list() == expected(title) and examples.features == STORED_FEATURES
+            shown = f"{zipped}{what.replace('JSON', form.removeprefix('indented '))}"
+            assert layout(io.BytesIO(compressed), "file") == shown
 
 
 def test_the_bytes_say_what_a_file_is_and_not_its_name(read):
     assert read(as_parquet([ARTICLE]), "train.json").to_list() == expected("Bridges")
     assert read(json.dumps(ARTICLE).encode(), "train.parquet").to_list() == expected("Bridges")
-    assert read(gzip.compress(as_json_lines([ARTICLE, {**ARTICLE, "paragraphs": []}])), "a").to_list() == expected(
-        "Bridges"
-    )
     members = gzip.compress(json.dumps(ARTICLE).encode()[:50]) + gzip.compress(json.dumps(ARTICLE).encode()[50:])
-    assert read(members + bytes(20), "b").to_list() == expected("Bridges")  # as tape and cat leave them
+    assert read(members + bytes(20)).to_list() == expected("Bridges")  # as tape and cat leave them
+    windows = "\ufeff" + "\r\n\r\n".join(json.dumps(item) for item in expected()) + "\r\n \r\n"
+    assert read(windows.encode()).to_list() == expected()
 
 
-def test_rows_and_articles_in_one_file(read):
-    rows = read([{"context": "x", "question": "?", "id": "0", "answers": []}, PARAGRAPH])
-    assert rows["id"][:] == ["0", "q1", "q2"]
+def test_rows_and_paragraphs_in_one_file(read):
+    assert read([row(id="0"), PARAGRAPH])["id"][:] == ["0", "q1", "q2"]
 
 
-@pytest.mark.parametrize("gold", ["dict of lists", "list of answers", "texts"])
-def test_parquet_of_pandas(gold, read):
+@pytest.mark.parametrize(
+    "answers",
+    [{"text": ["steel"], "answer_start": [42]}, [{"text": "steel", "answer_start": 42.0}], ["steel"]],
+    ids=["dict of lists", "list of answers", "texts"],
+)
+def test_parquet_of_pandas(answers, read):
     """pandas writes NumPy arrays, an index column, categories and columns of its own."""
-    golds = {
-        "dict of lists": {"text": ["steel"], "answer_start": [30]},
-        "list of answers": [{"text": "steel", "answer_start": 30.0}],
-        "texts": ["steel"],
-    }
-    frame = pandas.DataFrame(
-        {"context": [CONTEXT] * 2, "question": ["Of what?", "?"], "made": [1.5, None]}, index=[7, 9]
-    )
+    frame = pandas.DataFrame({"context": [CONTEXT] * 2, "question": "?", "made": [1.5, None]}, index=[7, 9])
     frame["title"] = pandas.Categorical(["Bridges", "Bridges"])
-    frame["answers"] = [golds[gold], golds[gold]]
+    frame["answers"] = [answers, answers]
     rows = read(frame.to_parquet())
-    start = NO_START if gold == "texts" else 30
+    start = NO_START if answers == ["steel"] else 42
     assert rows["answers"][:] == [{"text": ["steel"], "answer_start": [start]}] * 2
     assert rows["id"][:] == ["row 0", "row 1"] and rows["title"][:] == ["Bridges"] * 2
 
 
 def test_parquet_of_many_row_groups(read):
-    items = [flat(QUESTION, id=str(i)) for i in range(2500)]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(items), sink, row_group_size=300, compression="zstd")
+    pq.write_table(pa.Table.from_pylist([row(id=str(i)) for i in range(2500)]), sink, row_group_size=300)
     assert read(sink.getvalue().to_pybytes())["id"][:] == [str(i) for i in range(2500)]
 
 
-# ---- Ids, numbers, texts alone ----
+# ---- Answers, ids, numbers ----
+
+
+def test_squad_2(read):
+    plausible = [{"text": "steel"}]
+    impossible = [
+        row(id="b", is_impossible=True, answers=[], plausible_answers=plausible),
+        row(id="c", is_impossible=True),
+        row(id="d", is_impossible=True, answers=...),
+        row(id="e", is_impossible=None, answers=[]),
+    ]
+    answers = read([row(is_impossible=False), *impossible])["answers"][:]
+    assert answers == [{"text": ["steel"], "answer_start": [42]}] + 4 * [{"text": [], "answer_start": []}]
+
+
+def test_no_gold_answers_title_or_string_ids(read):
+    rows = read([row(id=7, title=None, answers=...), row(title=..., answers=None)])
+    assert rows.column_names == ["id", "title", "context", "question"]
+    assert rows["id"][:] == ["7", "q1"] and rows["title"][:] == ["", ""]
 
 
 def test_missing_ids_are_places_and_one_line_says_so(read, caplog):
-    nameless = {key: value for key, value in QUESTION.items() if key != "id"}
+    nameless = row(id=..., context=...)
     article = {"paragraphs": [PARAGRAPH, {"context": "x", "qas": [nameless, {**nameless, "id": None}]}]}
-    with caplog.at_level(logging.INFO, logger="qa"):
-        rows = read({"data": [article]})
-        read({"data": [article]})  # from the cache
     places = ["data[0].paragraphs[1].qas[0]", "data[0].paragraphs[1].qas[1]"]
-    assert rows["id"][:] == ["q1", "q2", *places]
-    (line, again) = caplog.messages
-    assert (
-        line == again
-        and f"2 of 4 questions have no id: their place in it is taken for one, such as {places[0]}" in line
-    )
-    caplog.clear()
+    for _ in ("read", "read from the cache"):
+        with caplog.at_level(logging.INFO, logger="qa"):
+            assert read({"data": [article]})["id"][:] == ["q1", "q2", *places]
+        (line,) = caplog.messages
+        assert f"2 of 4 questions have no id: their place in it is taken for one, such as {places[0]}" in line
+        caplog.clear()
     with caplog.at_level(logging.INFO, logger="qa"):
-        read({"data": [{"paragraphs": [PARAGRAPH]}]})
+        read([PARAGRAPH])
     assert caplog.messages == []
     assert read([{**PARAGRAPH, "qas": [nameless]}])["id"][:] == ["row 0.qas[0]"]
-    with pytest.raises(ValueError, match="row 1: id 'row 1' is already the id of row 0"):
-        read([flat(QUESTION, id="row 1"), flat(nameless)])
 
 
 @pytest.mark.parametrize(
     ("start", "number"),
-    [("30", 30), (" 30 ", 30), ("30.0", 30), (30.0, 30), (-0.0, 0), ("-1", -1), (-1, -1), (None, NO_START)],
+    [("42", 42), (" 42 ", 42), ("42.0", 42), (42.0, 42), (-0.0, 0), ("-1", -1), (-1, -1), (None, NO_START)],
 )
-def test_numbers_as_texts_and_floats(start, number, read):
-    rows = read([flat(QUESTION, answers=[{"text": "steel", "answer_start": start}])])
-    assert rows[0]["answers"] == {"text": ["steel"], "answer_start": [number]}
-    rows = read([flat(QUESTION, answers={"text": ["steel"], "answer_start": [start]})])
-    assert rows[0]["answers"] == {"text": ["steel"], "answer_start": [number]}
+def test_starts_as_texts_and_floats(start, number, read):
+    for answers in ([{"text": "steel", "answer_start": start}], {"text": ["steel"], "answer_start": [start]}):
+        assert read([row(answers=answers)])[0]["answers"] == {"text": ["steel"], "answer_start": [number]}
 
 
-@pytest.mark.parametrize(
-    "answers",
-    [["steel", "Steel"], {"text": ["steel", "Steel"]}, [{"text": "steel"}, "Steel"]]
-    + [{"text": ["steel", "Steel"], "answer_start": None}],
-)
+@pytest.mark.parametrize("answers", [["a", "b"], {"text": ["a", "b"]}, [{"text": "a"}, "b"]])
 def test_answers_without_starts(answers, read):
-    rows = read([flat(QUESTION, answers=answers)])
-    assert rows[0]["answers"] == {"text": ["steel", "Steel"], "answer_start": [NO_START, NO_START]}
+    assert read([row(answers=answers)])[0]["answers"] == {"text": ["a", "b"], "answer_start": [NO_START, NO_START]}
 
 
-# ---- What fits no layout ----
+# ---- What is refused ----
+
+GZIPPED = gzip.compress(json.dumps(ARTICLE).encode())
+QA = r"data\[0\]\.paragraphs\[0\]\.qas\[0\]"
+ANSWER = {"text": "x", "answer_start": 1}
+REFUSED = {
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\t ", "is empty"),
+    "empty gzip": (gzip.compress(b""), "is empty"),
+    "not JSON": (b'{"data": [', "line 1 column 11: not JSON"),
+    "cut off": (json.dumps(nested(), indent=4).encode()[:200], r"line \d+ column \d+: not JSON"),
+    "not JSON lines": (json.dumps(row()).encode() + b'\n\n{"id": ', "line 3 column 8: not JSON"),
+    "more after the end": (json.dumps(nested()).encode() + b"\n}", "line 2 column 1: not JSON"),
+    "UTF-16": (json.dumps(ARTICLE).encode("utf-16"), "not JSON: .*; read are JSON and JSON lines in UTF-8, and Parq"),
+    "a zip file": (b"PK\x03\x04\xff", "line 1 column 1: not JSON"),
+    "Latin-1": (
+        json.dumps([row()], ensure_ascii=False).replace("😀", "").encode("latin-1"),
+        "character 0 is not UTF-8",
+    ),
+    "half a surrogate pair": (nested(question="a\ud800"), rf"{QA}\.question: character 1 .* half of a surrogate pair"),
+    "nested too deep": (b"[" * 100_000, "JSON that cannot be read"),
+    "a number of 5000 digits": (b'{"data": ' + b"1" * 5000 + b"}", "JSON that cannot be read"),
+    "gzip cut off": (GZIPPED[:-30], "gzip that is damaged or breaks off, fetch it again: Compressed file ended"),
+    "gzip cut off at its start": (GZIPPED[:2], "gzip that is damaged or breaks off"),
+    "another checksum": (GZIPPED[:-8] + bytes(8), "gzip that is damaged or breaks off, .*: CRC check failed"),
+    "more behind the gzip": (GZIPPED + b"more", "gzip that is damaged or breaks off"),
+    "damaged gzip data": (GZIPPED[:30] + b"\xff" * 9 + GZIPPED[39:], "gzip that is damaged or breaks off"),
+    "Parquet cut off": (as_parquet([row()])[:-40], "Parquet that cannot be read"),
+    "gzipped Parquet cut off": (gzip.compress(as_parquet([row()])[:60]), "Parquet that cannot be read"),
+    "Parquet of other columns": (as_parquet([{"text": "x", "label": 1}]), r"columns: missing .*\['text', 'label'\]"),
+    "Parquet without question": (as_parquet([row(question=...)]), 'row 0: missing key "question"'),
+    "Parquet's question is 5": (as_parquet([row(question=5)]), r"row 0\.question: must be a string, is 5"),
+    "Parquet's qas is a text": (as_parquet([row(qas="who?")]), r"row 0\.qas: must be a list, is 'who\?'"),
+    "a number": (b"5", "the file: must be a list, is 5"),
+    "data is null": ({"data": None}, "data: must be a list, is None"),
+    "no question": ({"data": []}, "holds no question"),
+    "no question in paragraphs": ([{**PARAGRAPH, "qas": []}], "holds no question"),
+    "no layout": ({"version": "1", "rows": []}, r'missing key "data" .* found \[\'version\', \'rows\'\]'),
+    "a row of no layout": ([{"text": "x", "label": 1}], r'row 0: missing .* "context" and "question"; found \[\'text'),
+    "row is a string": (["x"], "row 0: must be an object, is 'x'"),
+    "paragraph is a list": ({"data": [{"paragraphs": [[]]}]}, r"data\[0\]\.paragraphs\[0\]: must be an object"),
+    "paragraphs is an object": ([{"paragraphs": PARAGRAPH}], r"row 0\.paragraphs: must be a list"),
+    "question is a list": ([{**PARAGRAPH, "qas": [[]]}], r"row 0\.qas\[0\]: must be an object"),
+    "no context": ({"data": [{"qas": [QUESTION]}]}, r'data\[0\]: missing key "context"; found \[\'qas\'\]'),
+    "no qas": ([{"paragraphs": [{"context": "c"}]}], r'row 0\.paragraphs\[0\]: missing key "qas"'),
+    "no question key": (nested(question=...), rf'{QA}: missing key "question"'),
+    "question is null": (nested(question=None), rf"{QA}\.question: must be a string, is None"),
+    "id is a float": (nested(id=1.5), rf"{QA}\.id: must be a string, is 1.5"),
+    "id is true": (nested(id=True), rf"{QA}\.id: must be a string, is True"),
+    "title is a list": ([row(title=[])], r"row 0\.title: must be a string"),
+    "is_impossible is a string": (nested(is_impossible="no"), rf"{QA}\.is_impossible: must be true or false, is 'no'"),
+    "answers is a string": (nested(answers="king"), rf"{QA}\.answers: must be a list, is 'king'"),
+    "answer without text": (nested(answers=[{"answer_start": 1}]), rf'{QA}\.answers\[0\]: missing key "text"'),
+    "answer is a number": (nested(answers=[5]), rf"{QA}\.answers\[0\]: must be an object, is 5"),
+    "fewer starts": (nested(answers={"text": ["x"], "answer_start": []}), "1 texts but 0 answer_starts"),
+    "duplicate id": ([row(), row(id="b"), row()], "row 2: id 'q1' is already the id of row 0"),
+    "id 7 and id '7'": ([row(id=7), row(id="7")], "row 1: id '7' is already the id of row 0"),
+    "an id that is another's place": ([row(id="row 1"), row(id=...)], "row 1: id 'row 1' is already the id of row 0"),
+    "answers in some rows only": ([row(), row(id="b", answers=...)], 'row 1: missing key "answers", which other'),
+}
+STARTS = {"four": "is 'four'", 4.5: r"is 4\.5", "9" * 5000: "is '99", True: "is True", float("nan"): "is nan"}
+for bad, shown in STARTS.items():
+    REFUSED[f"start {str(bad)[:9]}"] = nested(answers=[{**ANSWER, "answer_start": bad}]), f"must be an integer, {shown}"
+for bad in (2**31, -(2**31) - 1, str(2**31)):
+    REFUSED[f"start {bad!r}"] = nested(answers=[{**ANSWER, "answer_start": bad}]), "2147483.* is outside every text"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"version": "1", "rows": []}, r'file: missing key "data" .* found \[\'version\', \'rows\'\]'),
-        (
-            [{"text": "x", "label": 1}],
-            r'row 0: missing key "paragraphs" .*"qas" .*"question".* found \[\'text\', \'label\'\]',
-        ),
-        ([{"context": "x", "answer": 1}], r'row 0: missing key "question"; found \[\'context\', \'answer\'\]'),
-        ({"data": [{"qas": [QUESTION]}]}, r'data\[0\]: missing key "context"; found \[\'qas\'\]'),
-        ([{**PARAGRAPH, "qas": QUESTION}], r"row 0\.qas: must be a list, is \{"),
-        ([{**ARTICLE, "paragraphs": PARAGRAPH}], r"row 0\.paragraphs: must be a list"),
-        (as_parquet([{"text": "x", "label": 1}]), r"no column .* found \['text', 'label'\]"),
-        (as_parquet([{"context": "x", "label": 1}]), r'row 0: missing key "question"'),
-        (as_parquet([{"context": "x", "question": 5}]), r"row 0\.question: must be a string, is 5"),
-        (as_parquet([flat(QUESTION, qas="who?")]), r"row 0\.qas: must be a list, is 'who\?'"),
-        (
-            as_parquet([flat(QUESTION, answers=[{"text": "x", "answer_start": float("nan")}])]),
-            "must be an integer, is nan",
-        ),
-        (as_parquet([flat(QUESTION)])[:-40], "Parquet that cannot be read"),
-        (as_parquet([flat(QUESTION)])[:4], "Parquet that cannot be read"),
-        (gzip.compress(json.dumps(ARTICLE).encode())[:-30], r"its gzip data breaks off after \d+ bytes"),
-        (gzip.compress(json.dumps(ARTICLE).encode())[:-3], "its gzip data breaks off"),
-        (gzip.compress(b"[]")[:2], "its gzip data breaks off after 2 bytes"),
-        (gzip.compress(json.dumps(ARTICLE).encode())[:-8] + bytes(8), "damaged gzip: CRC check failed"),
-        (gzip.compress(b"[]") + b"more", "damaged gzip: Not a gzipped file"),
-        (gzip.compress(gzip.compress(b"[]")), "byte 1: not UTF-8 text; read are JSON, JSON lines and Parquet"),
-        (gzip.compress(b""), "is empty"),
-        (gzip.compress(as_parquet([flat(QUESTION)])[:60]), "Parquet that cannot be read"),
-        (b"PK\x03\x04\xff", "not UTF-8 text; read are JSON, JSON lines and Parquet, each also gzipped"),
-    ],
-)
-def test_refused_in_one_line(content, message, read, tmp_path):
-    with pytest.raises(ValueError, match=message) as error:
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(name, read, tmp_path):
+    content, message = REFUSED[name]
+    with pytest.raises(QAError, match=message) as error:
         read(content)
     assert str(error.value).startswith(f"{tmp_path / 'file'}: ")
     assert "\n" not in str(error.value) and len(str(error.value)) < 450
+    assert list(tmp_path.rglob("*.arrow")) == []
 
 
-def test_a_gzip_bomb_stops_at_a_stated_size(read):
-    bomb = gzip.compress(b"[" + b" " * 2**28)
-    assert len(bomb) * layouts.MOST_COMPRESSION < 2**28
-    with pytest.raises(ValueError, match=r"\d+ bytes of gzip hold more than 6\d{7}, .* 250 times .* 8589934592 bytes"):
-        read(bomb)
-
-
-def test_the_largest_size_is_kept_whatever_the_ratio(read, monkeypatch):
-    monkeypatch.setattr(layouts, "MOST_DECOMPRESSED", 100)
-    with pytest.raises(ValueError, match="of gzip hold more than 100,"):
-        read(gzip.compress(json.dumps(ARTICLE).encode()))
-    with pytest.raises(ValueError, match="Parquet of more than 100 bytes"):
-        read(as_parquet([flat(QUESTION, context=CONTEXT * 9)]))
-
-
-# ---- The hub ----
-
-
-@pytest.fixture
-def hub(tmp_path):
-    def load(items: list[dict]) -> Dataset:
-        cache_dataset(tmp_path, "squad", "plain_text", {"train": Dataset.from_list(items)})
-        return load_examples("squad", None, {}, cache_dir=tmp_path / "datasets")["train"]
-
-    return load
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda row: {**row, "answers": [{"text": text, "answer_start": 30} for text in row["answers"]]},
-        lambda row: {**row, "answers": [{"answer_start": "30", "text": text} for text in row["answers"]], "level": 1},
-        lambda row: {**row, "answers": {"text": row["answers"], "answer_start": [30.0]}},
-        lambda row: {**row, "answers": {"text": row["answers"], "answer_start": ["30"]}},
-        lambda row: {"context": row["context"], "qas": [{**row, "answers": [{"text": "steel", "answer_start": 30}]}]},
-    ],
-    ids=["list of answers", "starts as texts", "floats", "texts in lists", "paragraphs"],
-)
-def test_hub_dataset_in_other_layouts(change, hub):
-    row = {"id": "q1", "context": CONTEXT, "question": "Of what?", "answers": ["steel"]}
-    train = hub([change(row)])
-    answers = {"text": ["steel"], "answer_start": [30]}
-    assert train.features == STORED_FEATURES
-    assert train.to_list() == [{**row, "title": "", "answers": answers}]
-    assert "datasets" in train.cache_files[0]["filename"]  # whose folder the features go to
-
-
-def test_hub_dataset_of_texts_without_ids(hub, caplog):
-    with caplog.at_level(logging.INFO, logger="qa"):
-        train = hub([{"context": CONTEXT, "question": "?", "answers": ["steel"]}])
-    assert train["id"][:] == ["row 0"] and "squad (train): 1 of 1 questions have no id" in caplog.text
-    assert train[0]["answers"] == {"text": ["steel"], "answer_start": [NO_START]}
-
-
-def test_hub_dataset_with_missing_starts(hub):
-    row = {
-        "id": "q1",
-        "context": CONTEXT,
-        "question": "?",
-        "answers": {"text": ["steel", "x"], "answer_start": [None, 3]},
-    }
-    assert hub([row])[0]["answers"] == {"text": ["steel", "x"], "answer_start": [NO_START, 3]}
-
-
-def test_hub_dataset_is_read_once(hub, tmp_path, monkeypatch):
-    items = [{"context": CONTEXT, "qas": [QUESTION, OTHER]}]
-    first = hub(items)
-    monkeypatch.setattr("qa.read_squad.table_rows", None)
-    again = load_examples("squad", None, {}, cache_dir=tmp_path / "datasets")["train"]
-    assert again.to_list() == first.to_list() == expected()
-
-
-def test_a_hub_dataset_is_not_read_as_an_earlier_one(hub, tmp_path):
-    hub([{"context": CONTEXT, "qas": [QUESTION]}])
-    (kept,) = (tmp_path / "datasets").rglob("squad-train.arrow")
-    kept.unlink()
-    assert hub([{"context": "other", "qas": [OTHER]}])["context"][:] == ["other"]
+def test_files_that_cannot_be_opened(tmp_path):
+    with pytest.raises(QAError, match="nowhere.json: cannot be read: No such file or directory"):
+        read_squad_file(tmp_path / "nowhere.json")
+    with pytest.raises(QAError, match="cannot be read: Is a directory"):
+        read_squad_file(tmp_path)

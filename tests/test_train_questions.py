@@ -2,18 +2,16 @@
 
 import json
 import logging
-import re
 
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from test_windows import golden_tokenizer
 from tiny import make_examples
 
+from qa.files import QAError
 from qa.read_squad import EXAMPLE_FEATURES, read_squad_file
-from qa.train_questions import hold_out, locate, place_answers, warn_of_flags
-from qa.windows import WindowSettings, make_train_features
+from qa.train_questions import align_answers, find_answer, hold_out, warn_of_flags, warn_of_misplaced_answers
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +25,7 @@ def datasets_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("context", "text", "start", "span"),
     [
-        ("the king and the king", "king", 4, (4, 8)),
         ("the king and the king", "king", 5, (4, 8)),  # off by one
-        ("the king and the king", "king", 0, (4, 8)),
         ("the king and the king", "king", 11, (17, 21)),
         ("a b a", "a", 2, (0, 1)),  # as near: the earlier
         ("the king and the king", "king", 2**31 - 1, (17, 21)),
@@ -42,24 +38,23 @@ def datasets_cache(tmp_path, monkeypatch):
         ("the king", "", 4, None),
         ("the king", " \n", 3, None),
         ("", "king", 0, None),
-        ("   ", "king of", 1, None),
         ("\u00a0the\u2003king", "the king", 0, (1, 9)),
         ("😀 the king", "the king", 4, (2, 10)),  # UTF-16's place, one further
         ("aaaa", "aa", 1, (1, 3)),  # occurrences may overlap
         ("the kingdom", "king", 0, (4, 8)),
+        ("a.b", "a.b", 0, (0, 3)),
+        ("axb", "a.b", 0, None),
     ],
 )
-def test_locate(context, text, start, span):
-    assert locate(context, text, start) == span
+def test_find_answer(context, text, start, span):
+    assert find_answer(context, text, start) == span
 
 
 def every_place(context: str, text: str) -> list[tuple[int, int]]:
-    """All spans of the text, by a search that tries every place."""
-    exact = [(i, i + len(text)) for i in range(len(context)) if context.startswith(text, i)]
-    if exact:
-        return exact
-    pattern = re.compile(r"\s+".join(map(re.escape, text.split())))
-    return [found.span() for i in range(len(context)) if (found := pattern.match(context, i))]
+    """All spans whose words are the text's, none cut off by the span's ends: a search that tries every span."""
+    ends = range(len(context) + 1)
+    spans = [(begin, end) for begin in ends for end in ends if context[begin:end].split() == text.split()]
+    return [(begin, end) for begin, end in spans if context[begin:end] == context[begin:end].strip()]
 
 
 @given(
@@ -67,48 +62,16 @@ def every_place(context: str, text: str) -> list[tuple[int, int]]:
     st.text(alphabet="ab \n", max_size=4).filter(str.strip),
     st.integers(-2, 16),
 )
-def test_locate_finds_what_trying_every_place_finds(context, text, start):
-    places = every_place(context, text)
+def test_find_answer_finds_what_trying_every_span_finds(context, text, start):
+    spans = every_place(context, text)
     if start < 0:
-        expected = places[0] if len(places) == 1 else None
+        expected = spans[0] if len(spans) == 1 else None
     else:
-        expected = min(places, key=lambda span: (abs(span[0] - start), span), default=None)
-    assert locate(context, text, start) == expected
+        expected = min(spans, key=lambda span: (abs(span[0] - start), span), default=None)
+    assert find_answer(context, text, start) == expected
 
 
 # ---- Repair, drop, refuse ----
-
-
-def test_drop_misplaced_answers(caplog):
-    context = "the king was born"
-    good = [("g1", "who", context, "king", 4), ("g2", "who", context, "", 0), ("g3", "who", context, "born", 13)]
-    bad = [
-        ("b1", "who", context, "king", 5),
-        ("b2", "who", context, "the", -17),
-        ("b3", "who", context, "born", 2**31 - 1),
-    ]
-    examples = make_examples([good[0], bad[0], good[1], bad[1], bad[2], good[2]])
-    empty = {
-        "id": "b4",
-        "title": "",
-        "context": context,
-        "question": "?",
-        "answers": {"text": [""], "answer_start": [0]},
-    }
-    examples = Dataset.from_list([*examples.to_list(), empty], features=EXAMPLE_FEATURES)
-    with caplog.at_level(logging.WARNING, logger="qa"):
-        kept, changes = place_answers(examples, "train.json", "drop")
-    assert kept["id"][:] == ["g1", "g2", "g3"]
-    assert "train.json: 4 of 7 questions are left out" in caplog.text and "b1, b2, b3, b4" in caplog.text
-    assert [change["id"] for change in changes] == ["b1", "b2", "b3", "b4"]
-    caplog.clear()
-    assert place_answers(make_examples(good), "train.json", "drop")[0]["id"][:] == ["g1", "g2", "g3"]
-    assert caplog.text == ""
-    with pytest.raises(ValueError, match="train.json: no question's answer stands at its answer_start"):
-        place_answers(make_examples(bad), "train.json", "drop")
-    with pytest.raises(ValueError, match='train.json: missing key "answers"'):
-        place_answers(make_examples(good).remove_columns("answers"), "train.json", "drop")
-
 
 CONTEXT = "The bridge of 1890 is made\r\nof steel. The other is of stone."
 MOVED = [
@@ -119,106 +82,104 @@ MOVED = [
     ("no start", "?", CONTEXT, "other", -1),
     ("no start, three places", "?", CONTEXT, "of", -1),
     ("nowhere", "?", CONTEXT, "iron", 30),
+    ("beyond the end", "?", CONTEXT, "iron", 2**31 - 1),
     ("no answer", "?", CONTEXT, "", 0),
 ]
+REPAIRED = {"off by two": (14, 18), "zero": (54, 59), "white space": (22, 36), "no start": (42, 47)}
 
 
 def test_repair(caplog):
     examples = make_examples(MOVED)
     with caplog.at_level(logging.WARNING, logger="qa"):
-        placed, changes = place_answers(examples, "train.json")
-    assert placed.features == EXAMPLE_FEATURES
-    assert placed["id"][:] == ["right", "off by two", "zero", "white space", "no start", "no answer"]
-    for row, before in zip(placed, [examples[i] for i in (0, 1, 2, 3, 4, 7)], strict=True):
-        assert row["context"] == before["context"] and row["question"] == before["question"]
-        for text, start, given_text in zip(*row["answers"].values(), before["answers"]["text"], strict=True):
-            assert row["context"][start : start + len(text)] == text
-            assert text.split() == given_text.split()
-    assert placed[3]["answers"] == {"text": ["made\r\nof steel"], "answer_start": [22]}
+        aligned, changes = align_answers(examples, "train.json")
+    expected = []
+    for id_, question, context, text, start in [row for row in MOVED if row[0] in {"right", "no answer", *REPAIRED}]:
+        begin, end = REPAIRED.get(id_, (start, start + len(text)))
+        expected.append((id_, question, context, context[begin:end], begin))
+    assert aligned.features == EXAMPLE_FEATURES and aligned.to_list() == make_examples(expected).to_list()
     assert changes == [
-        {"id": "off by two", "text": "1890", "answer_start": 16, "repaired_start": 14, "repaired_end": 18},
-        {"id": "zero", "text": "stone", "answer_start": 0, "repaired_start": 54, "repaired_end": 59},
-        {"id": "white space", "text": "made of steel", "answer_start": 20, "repaired_start": 22, "repaired_end": 36},
-        {"id": "no start", "text": "other", "answer_start": -1, "repaired_start": 42, "repaired_end": 47},
         {
-            "id": "no start, three places",
-            "text": "of",
-            "answer_start": -1,
-            "repaired_start": None,
-            "repaired_end": None,
-        },
-        {"id": "nowhere", "text": "iron", "answer_start": 30, "repaired_start": None, "repaired_end": None},
+            "id": id_,
+            "text": text,
+            "answer_start": start,
+            "repaired_start": REPAIRED.get(id_, (None, None))[0],
+            "repaired_end": REPAIRED.get(id_, (None, None))[1],
+        }
+        for id_, _, _, text, start in MOVED[1:8]
     ]
     repaired, left_out = caplog.messages
-    assert "train.json: 4 of 8 questions have an answer that does not stand at its answer_start" in repaired
+    assert "train.json: 4 of 9 questions have an answer that does not stand at its answer_start" in repaired
     assert repaired.endswith("first ids: off by two, zero, white space, no start")
-    assert "2 of 8 questions are left out of training" in left_out
-    assert left_out.endswith("first ids: no start, three places, nowhere")
-
-
-def test_the_labels_are_those_of_the_place_found():
-    """The windows of a repaired answer equal those of the same answer where it stands."""
-    right = [(id_, q, c, {"made of steel": "made\r\nof steel"}.get(a, a), 0) for id_, q, c, a, _ in MOVED[:5]]
-    right = [(id_, q, c, a, c.index(a)) for id_, q, c, a, _ in right]
-    settings = WindowSettings(24, 8, 8)
-    expected = make_train_features(make_examples(right), golden_tokenizer(), settings)
-    repaired = make_train_features(place_answers(make_examples(MOVED[:5]), "f")[0], golden_tokenizer(), settings)
-    assert repaired[:] == expected[:] and any(expected["start_positions"])
-    assert repaired.cache_files == expected.cache_files  # so that --misplaced_answers is part of what a run resumes
+    assert "3 of 9 questions are left out of training" in left_out
+    assert left_out.endswith("first ids: no start, three places, nowhere, beyond the end")
 
 
 def test_further_answers_stay():
     rows = make_examples(MOVED[1:2]).to_list()
     rows[0]["answers"] = {"text": ["1890", "x"], "answer_start": [16, 3]}
-    placed, _ = place_answers(Dataset.from_list(rows, features=EXAMPLE_FEATURES), "train.json")
-    assert placed[0]["answers"] == {"text": ["1890", "x"], "answer_start": [14, 3]}
+    aligned, _ = align_answers(Dataset.from_list(rows, features=EXAMPLE_FEATURES), "train.json")
+    assert aligned[0]["answers"] == {"text": ["1890", "x"], "answer_start": [14, 3]}
+
+
+def test_drop(caplog):
+    rows = make_examples(MOVED).to_list()
+    rows[0]["answers"]["text"] = [""]
+    with caplog.at_level(logging.WARNING, logger="qa"):
+        kept, changes = align_answers(Dataset.from_list(rows, features=EXAMPLE_FEATURES), "train.json", "drop")
+    assert kept.to_list() == rows[8:]
+    assert [change["id"] for change in changes] == [row["id"] for row in rows[:8]]
+    assert {change["repaired_start"] for change in changes} == {None}
+    assert "train.json: 8 of 9 questions are left out" in caplog.text and "right, off by two, zero" in caplog.text
 
 
 def test_refuse():
-    with pytest.raises(ValueError) as error:
-        place_answers(make_examples(MOVED), "train.json", "refuse")
-    assert "train.json: 6 of 8 questions have an answer" in str(error.value) and "first ids: off by two" in str(
-        error.value
-    )
-    examples = make_examples(MOVED[:1])
-    assert place_answers(examples, "train.json", "refuse") == (examples, [])
+    with pytest.raises(QAError, match="train.json: 7 of 9 questions have an answer .* first ids: off by two, zero"):
+        align_answers(make_examples(MOVED), "train.json", "refuse")
 
 
-def test_nothing_left():
-    with pytest.raises(ValueError, match="nothing to train on"):
-        place_answers(make_examples(MOVED[6:7]), "train.json")
+@pytest.mark.parametrize("misplaced", ["repair", "drop", "refuse"])
+def test_good_answers_stay_and_none_left_is_an_error(misplaced, caplog):
+    good = make_examples([MOVED[0], MOVED[8]])
+    assert align_answers(good, "train.json", misplaced) == (good, []) and caplog.text == ""
+    with pytest.raises(QAError, match="nothing to train on" if misplaced != "refuse" else "1 of 1 questions"):
+        align_answers(make_examples(MOVED[6:7]), "train.json", misplaced)
+    with pytest.raises(QAError, match='train.json: missing key "answers"'):
+        align_answers(good.remove_columns("answers"), "train.json", misplaced)
+
+
+def test_misplaced_answers_of_validation_questions_are_counted(caplog):
+    with caplog.at_level(logging.WARNING, logger="qa"):
+        warn_of_misplaced_answers("validation", make_examples([MOVED[0], MOVED[8]]), "dev.json")
+        assert caplog.messages == []
+        warn_of_misplaced_answers("validation", make_examples(MOVED), "dev.json")
+    assert "dev.json: 7 of 9 validation questions have a first answer that does not stand" in caplog.text
 
 
 def test_repaired_examples_keep_their_file(tmp_path):
     """Their features are then kept beside it, as those of other examples."""
     make_examples(MOVED).save_to_disk(tmp_path / "saved")
-    placed, _ = place_answers(Dataset.load_from_disk(tmp_path / "saved"), "train.json")
-    assert placed.cache_files[0]["filename"].startswith(str(tmp_path / "saved"))
+    aligned, _ = align_answers(Dataset.load_from_disk(tmp_path / "saved"), "train.json")
+    assert aligned.cache_files[0]["filename"].startswith(str(tmp_path / "saved"))
+
+
+def test_repairing_what_is_left_of_held_out_questions_keeps_each_context_once(tmp_path):
+    common = {"question": "who?", "answers": ["king"]}
+    rows = [{"id": f"{c}-{q}", "context": f"the king of town {c}", **common} for c in range(10) for q in range(20)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    before = hold_out({"train": read_squad_file(tmp_path / "train.json", tmp_path / "cache")}, 20, 42, "f")["train"]
+    examples, changes = align_answers(before, "f")
+    assert len(changes) == len(examples) == 160 and examples.features == before.features
+    assert examples["context"][:] == before["context"][:] and examples["id"][:] == before["id"][:]
+    assert examples["answers"][0] == {"text": ["king"], "answer_start": [4]}
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
 
 
 # ---- Held out ----
 
 
-def questions(contexts: int, each: int = 3) -> Dataset:
-    # The questions of a context do not stand together.
-    return make_examples([(f"{q}-{c}", f"{q}?", f"context {c}", "", 0) for q in range(each) for c in range(contexts)])
-
-
-def test_repairing_held_out_questions_keeps_each_context_once(tmp_path):
-    rows = [
-        {"id": f"{c}-{q}", "context": f"the king of town {c}", "question": "who?", "answers": ["king"]}
-        for c in range(10)
-        for q in range(20)
-    ]
-    file = tmp_path / "train.json"
-    file.write_text(json.dumps(rows))
-    before = hold_out({"train": read_squad_file(file, tmp_path / "cache")}, 20, 42, "f")["train"]
-    examples, changes = place_answers(before, "f")
-    assert len(changes) == len(examples) == 160
-    assert examples.features == before.features
-    assert examples["context"][:] == before["context"][:] and examples["id"][:] == before["id"][:]
-    assert set(examples["answers"][0]["text"]) == {"king"} and examples["answers"][0]["answer_start"] == [4]
-    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+def questions(contexts: int) -> Dataset:
+    """Three a context, which do not stand together."""
+    return make_examples([(f"{q}-{c}", f"{q}?", f"context {c}", "", 0) for q in range(3) for c in range(contexts)])
 
 
 @pytest.mark.parametrize(
@@ -238,17 +199,16 @@ def test_hold_out(contexts, percentage, held, caplog):
     assert f"{contexts - held} with {len(train)} left to train on" in line
 
 
-def test_the_seed_chooses():
+def test_the_seed_chooses_the_contexts_and_their_order_stays():
     def held(seed):
         return hold_out({"train": questions(50)}, 20, seed, "f")["validation"]["id"][:]
 
     assert held(1) == held(1) != held(2)
-    order = questions(50)["id"][:]
-    assert held(1) == [id_ for id_ in order if id_ in set(held(1))]
+    assert held(1) == [id_ for id_ in questions(50)["id"] if id_ in set(held(1))]
 
 
 def test_one_context_cannot_be_held_out():
-    with pytest.raises(ValueError, match="train.json holds one context only"):
+    with pytest.raises(QAError, match="train.json holds one context only"):
         hold_out({"train": questions(1)}, 50, 42, "train.json")
 
 
@@ -256,15 +216,14 @@ def test_one_context_cannot_be_held_out():
 
 
 def test_flags_that_do_not_fit_the_questions(caplog):
-    none, both = make_examples(MOVED[:7]), make_examples(MOVED)
+    answered, both = make_examples(MOVED[:8]), make_examples(MOVED)
     with caplog.at_level(logging.WARNING, logger="qa"):
-        assert warn_of_flags("train", none, "f", False) is None
+        assert warn_of_flags("train", answered, "f", False) is None
         assert warn_of_flags("train", both, "f", True) is None
-        assert warn_of_flags("validation", none, "f", True) is None
+        assert warn_of_flags("validation", answered, "f", True) is None
         assert caplog.messages == []
         line = warn_of_flags("validation", both, "f", False)
-        assert "1 of 8 validation questions have no answer, but --version_2_with_negative is not given" in line
-        assert "scores 0 (NoAns_exact, NoAns_f1)" in line
-        line = warn_of_flags("train", none, "f", True)
-        assert "--version_2_with_negative is given, but each of 7 train questions has an answer" in line
+        assert "1 of 9 validation questions have no answer, but --version_2_with_negative is not given" in line
+        line = warn_of_flags("train", answered, "f", True)
+        assert "--version_2_with_negative is given, but each of 8 train questions has an answer" in line
     assert len(caplog.messages) == 2
