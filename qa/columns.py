@@ -59,8 +59,7 @@ def distinct_texts(dataset: Dataset, name: str, rows: slice = slice(None)) -> Te
     # A selection of rows has the dictionary of all of them.
     used, first, row = np.unique(column.indices.to_numpy(), return_index=True, return_inverse=True)
     order = np.argsort(first)
-    rank = np.empty(len(order), np.int32)
-    rank[order] = np.arange(len(order))
+    rank = np.argsort(order).astype(np.int32)
     return Texts(column.dictionary.take(pa.array(used[order])), rank[row])
 
 

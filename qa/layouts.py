@@ -31,7 +31,6 @@ LAYOUT_KEYS = (
     '"data" (a file of SQuAD), "paragraphs" (an article), "context" and "qas" (a paragraph) or "context" and "question"'
 )
 FORMATS = "read are JSON and JSON lines in UTF-8, and Parquet, each also gzipped"
-GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how such files begin
 ROWS_PER_BATCH = 1000
 JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
 
@@ -44,7 +43,7 @@ def errors_of(path: str) -> Iterator[None]:
     except QAError as error:
         raise QAError(f"{path}: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise QAError(f"{path}: gzip that is damaged or breaks off, fetch it again: {one_line(error)}") from error
+        raise QAError(f"{path}: its gzip data breaks off or is damaged, fetch it again: {one_line(error)}") from error
     except OSError as error:
         raise QAError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
 
@@ -70,9 +69,9 @@ def file_rows(file: BinaryIO) -> Iterator[dict]:
 def _open(file: BinaryIO) -> tuple[str, Iterator[Any], str]:
     """The format, the records, read as they are asked for, and what names a record, with {} for its number."""
     gzipped = ""
-    if _begins(file, GZIP):
+    if _begins(file, b"\x1f\x8b"):
         gzipped, file = "gzipped ", gzip.GzipFile(fileobj=file)
-    if _begins(file, PARQUET):
+    if _begins(file, b"PAR1"):
         # Of Parquet the end is read first.
         return f"{gzipped}Parquet", _parquet_records(io.BytesIO(file.read()) if gzipped else file), "row {}"
     value = _read_json(file)

@@ -99,20 +99,18 @@ def align_answers(examples: Dataset, source: str, misplaced: str = "repair") -> 
         raise QAError(_count(changes.values(), examples, source, f"questions {what} in its context"))
     left_out = {row: change for row, change in changes.items() if change["repaired_start"] is None}
     repaired = {row: change for row, change in changes.items() if row not in left_out}
-    if len(left_out) == len(examples):
-        raise QAError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
     if repaired:
         what = "have an answer that does not stand at its answer_start but elsewhere in its context: trained on there"
         logger.warning(_count(repaired.values(), examples, source, f"questions {what}"))
+        examples = _with_repaired_answers(examples, repaired)
     if left_out:
         why = "stands nowhere in its context, or has no answer_start and stands in several places"
         if misplaced == "drop":
             why = "does not stand at its answer_start"
         what = f"questions are left out of training, because the answer's text {why}"
         logger.warning(_count(left_out.values(), examples, source, what))
-    if repaired:
-        examples = _with_repaired_answers(examples, repaired)
-    if left_out:
+        if len(left_out) == len(examples):
+            raise QAError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
         examples = examples.select(np.delete(np.arange(len(examples)), list(left_out)))
     return examples, list(changes.values())
 
