@@ -15,35 +15,38 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_bert, tiny_questions
-from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
+from transformers import BertForQuestionAnswering
 
 import run_squad
+from qa.files import QAError
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 from scripts import ask
 
 ROOT = Path(run_squad.__file__).parent
 WINDOWS = "--max_seq_length 24 --doc_stride 8 --n_best_size 7 --max_answer_length 5".split()
 TEXT = "anna lives in paris and works as a baker .\r\nben lives in rome , every day ben goes to market by bus ."
+QUESTIONS = ["who lives in rome ?", "where does anna live ?"]
+MODELS = {"absolute": BertForQuestionAnswering, "relative_key_query": RelativeBertForQuestionAnswering}
+KEYS = ["answer", "probability", "start", "end", "n_best"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
+def models(tmp_path_factory) -> dict[str, str]:
     """A BERT of each position type, untrained, with weights so large that position type and question change answers."""
-    folder = tmp_path_factory.mktemp("models")
-    for position_type in ("absolute", "relative_key", "relative_key_query"):
-        tiny_bert(folder / position_type, position_type, seed=1)
-        model_class = BertForQuestionAnswering if position_type == "absolute" else RelativeBertForQuestionAnswering
-        model = model_class.from_pretrained(folder / position_type)
+    models = {}
+    for position_type, model_class in MODELS.items():
+        models[position_type] = tiny_bert(tmp_path_factory.mktemp(position_type), position_type, seed=1)
+        model = model_class.from_pretrained(models[position_type])
         for name, weight in model.named_parameters():
             if "LayerNorm" not in name:
                 weight.data *= 20 if "attention" in name else 4
-        model.save_pretrained(folder / position_type)
-    return {path.name: path for path in folder.iterdir()}
+        model.save_pretrained(models[position_type])
+    return models
 
 
 @pytest.fixture
 def model(models):
-    return str(models["relative_key_query"])
+    return models["relative_key_query"]
 
 
 @pytest.fixture
@@ -64,8 +67,7 @@ def give_stdin(monkeypatch, content: str | bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
 
-@pytest.mark.parametrize("version_2", [False, True])
-@pytest.mark.parametrize("position_type", ["absolute", "relative_key", "relative_key_query"])
+@pytest.mark.parametrize("position_type, version_2", [("absolute", False), ("relative_key_query", True)])
 def test_answers_are_those_of_the_evaluation(position_type, version_2, models, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(models[position_type], folder)
@@ -83,62 +85,36 @@ def test_answers_are_those_of_the_evaluation(position_type, version_2, models, t
         assert 0 < list(answers.values()).count("") < len(answers), "the test needs questions with and without answer"
 
     for article in json.loads(Path(file).read_text())["data"]:
-        for paragraph in article["paragraphs"]:
-            text = tmp_path / "text.txt"
-            text.write_text(paragraph["context"])
-            for qa in paragraph["qas"]:
-                (got,) = ask_json(capsys, str(folder), "--context_file", str(text), "--question", qa["question"])
-                assert list(got) == ["answer", "probability", "start", "end", "n_best"]
-                assert got["answer"] == answers[qa["id"]]
-                assert len(got["n_best"]) == len(expected[qa["id"]])
-                for ours, theirs in zip(got["n_best"], expected[qa["id"]], strict=True):
-                    assert ours == pytest.approx(theirs, abs=1e-4)
-                same = [c for c in expected[qa["id"]] if (c["start"], c["end"]) == (got["start"], got["end"])]
-                assert got["probability"] == pytest.approx(sum(c["probability"] for c in same), abs=1e-5)
+        (paragraph,) = article["paragraphs"]
+        text = tmp_path / "text.txt"
+        text.write_text(paragraph["context"])
+        for qa in paragraph["qas"]:
+            (got,) = ask_json(capsys, str(folder), "--context_file", str(text), "--question", qa["question"])
+            assert list(got) == KEYS and got["answer"] == answers[qa["id"]]
+            assert got["n_best"] == [pytest.approx(entry, abs=1e-4) for entry in expected[qa["id"]]]
+            same = [c for c in expected[qa["id"]] if (c["start"], c["end"]) == (got["start"], got["end"])]
+            assert got["probability"] == pytest.approx(sum(c["probability"] for c in same), abs=1e-5)
 
 
-def test_settings_of_a_checkpoint_are_those_of_its_run(models, tmp_path, text_file, capsys):
+def test_settings_of_a_checkpoint_are_those_of_its_run_unless_given(models, tmp_path, text_file, capsys):
     shutil.copytree(models["absolute"], tmp_path / "run" / "checkpoint-10")
-    settings = {"max_seq_length": 24, "doc_stride": 8, "n_best_size": 3, "version_2_with_negative": True}
+    settings = {"max_seq_length": 24, "doc_stride": 8, "n_best_size": 3, "version_2_with_negative": True, "seed": 1}
     (tmp_path / "run" / "qa_settings.json").write_text(json.dumps(settings))
-    argv = [str(tmp_path / "run" / "checkpoint-10"), "--context_file", text_file, "--question", "who lives in rome ?"]
+    argv = [str(tmp_path / "run" / "checkpoint-10"), "--context_file", text_file, "--question", QUESTIONS[0]]
     (got,) = ask_json(capsys, *argv)
     assert None in [candidate["start"] for candidate in got["n_best"]]
     (got,) = ask_json(capsys, *argv, "--no-version_2_with_negative", "--n_best_size", "9")
     assert len(got["n_best"]) == 9 and None not in [c["start"] for c in got["n_best"]]
 
 
-def test_a_folder_without_settings(model, text_file, capsys):
-    (got,) = ask_json(
-        capsys,
-        model,
-        "--context_file",
-        text_file,
-        "--question",
-        "who ?",
-        "--max_seq_length",
-        "64",
-        "--doc_stride",
-        "32",
-    )
-    assert TEXT[got["start"] : got["end"]] == got["answer"] != ""
-
-
-def test_questions_in_a_loop(model, text_file, monkeypatch, capsys):
-    questions = ["who lives in rome ?", "where does anna live ?"]
-    argv = [model, "--context_file", text_file, *WINDOWS]
-    one_by_one = [ask_json(capsys, *argv, "--question", question)[0] for question in questions]
-    give_stdin(monkeypatch, f"{questions[0]}\n\n  {questions[1]}")
-    assert ask_json(capsys, *argv) == one_by_one
-    assert one_by_one[0] != one_by_one[1]
-
-
-def test_text_from_standard_input(model, text_file, monkeypatch, capsys):
-    argv = [model, "--question", "who lives in rome ?", *WINDOWS]
-    from_file = ask_json(capsys, *argv, "--context_file", text_file)
+def test_text_and_questions_come_from_a_file_flags_or_standard_input(model, text_file, monkeypatch, capsys):
+    from_file = [model, "--context_file", text_file, *WINDOWS]
+    expected = [ask_json(capsys, *from_file, "--question", question)[0] for question in QUESTIONS]
+    assert expected[0] != expected[1] and TEXT[expected[0]["start"] : expected[0]["end"]] == expected[0]["answer"]
+    give_stdin(monkeypatch, f"{QUESTIONS[0]}\n\n  {QUESTIONS[1]}")
+    assert ask_json(capsys, *from_file) == expected
     give_stdin(monkeypatch, TEXT)
-    assert ask_json(capsys, *argv) == from_file
-    assert TEXT[from_file[0]["start"] : from_file[0]["end"]] == from_file[0]["answer"]
+    assert ask_json(capsys, model, *WINDOWS, "--question", QUESTIONS[0]) == expected[:1]
 
 
 def test_text_from_standard_input_and_questions_from_the_terminal(model):
@@ -159,33 +135,43 @@ def test_text_from_standard_input_and_questions_from_the_terminal(model):
     os.close(terminal)
     os.close(childs_terminal)
     assert process.returncode == 0, err
-    assert [list(json.loads(line)) for line in out.splitlines()] == [
-        ["answer", "probability", "start", "end", "n_best"]
-    ] * 2
+    assert [list(json.loads(line)) for line in out.splitlines()] == [KEYS] * 2
     assert "Question" in err and "Traceback" not in err
 
 
-def test_a_long_text_and_nothing_left_in_the_cache(model, tmp_path, monkeypatch, capsys):
+def test_a_long_text_leaves_nothing_in_the_cache(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "long.txt"
     text.write_text(TEXT * 40)
-    (got,) = ask_json(capsys, model, "--context_file", str(text), "--question", "who lives in rome ?", *WINDOWS)
+    (got,) = ask_json(capsys, model, "--context_file", str(text), "--question", QUESTIONS[0], *WINDOWS)
     assert text.read_bytes().decode()[got["start"] : got["end"]] == got["answer"]
-    assert datasets.config.HF_DATASETS_CACHE == str(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cuda_build_of_torch_without_a_gpu_is_a_cpu(models, monkeypatch):
+    """There torch names cuda as the accelerator that it was built for, whether or not there is one."""
+
+    def built_for_cuda(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    for position_type, model_class in MODELS.items():
+        loaded, tokenizer = ask.load(models[position_type])
+        assert type(loaded) is model_class and not loaded.training and tokenizer.is_fast
+        assert loaded.device.type == "cpu"
 
 
 # ---- Errors ----
 
 
 def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch, capsys):
-    absolute = str(models["absolute"])
+    absolute = models["absolute"]
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes("Café".encode("latin-1"))
     shutil.copytree(models["absolute"], tmp_path / "no_head")
     config = json.loads((tmp_path / "no_head" / "config.json").read_text())
     (tmp_path / "no_head" / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
-    for name, content in (("not_json", "{"), ("list", "[]")):
+    for name, content in (("not_json", "{"), ("list", "[1]")):
         shutil.copytree(models["absolute"], tmp_path / name)
         (tmp_path / name / "qa_settings.json").write_text(content)
     question = ["--question", "who ?"]
@@ -198,14 +184,14 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
         ([model, "--context_file", str(tmp_path / "none.txt"), *question], "none.txt: cannot be read: No such file"),
         ([model, "--context_file", str(tmp_path / "empty.txt"), *question], "empty.txt: holds no text"),
         ([model, "--context_file", str(tmp_path / "latin1.txt"), *question], "latin1.txt: byte 3: not UTF-8"),
-        ([model, *text, "--question", " "], "--question is empty"),
-        ([model, *text, "--question", "\udcff?"], "--question is not UTF-8"),
+        ([model, *text, "--question", " "], "the question is empty"),
+        ([model, *text, "--question", "\udcff?"], "the question is not UTF-8"),
         ([absolute, *text, *question], "--max_seq_length is 384, but the model has positions for 64"),
         ([absolute, *text, *question], "relative positions (position_embedding_type relative_key"),
         ([model, *text, *question, "--max_seq_length", "24", "--doc_stride", "24"], "--doc_stride 24 would leave"),
         ([model, *text, *question, *WINDOWS, "--n_best_size", "0"], "--n_best_size is 0"),
-        ([str(tmp_path / "not_json"), *text, *question], "qa_settings.json: is not JSON"),
-        ([str(tmp_path / "list"), *text, *question], "qa_settings.json: holds a list, not one JSON object"),
+        ([str(tmp_path / "not_json"), *text, *question], "qa_settings.json: is not a JSON object"),
+        ([str(tmp_path / "list"), *text, *question], "qa_settings.json: is not a JSON object"),
         ([model, *text, *question, "--n_best_size", "x"], "--n_best_size: invalid int value: 'x'"),
     ]:
         capsys.readouterr()
@@ -220,7 +206,7 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
         raise OSError
 
     monkeypatch.setattr("builtins.open", no_terminal)
-    with pytest.raises(ValueError, match="cannot both come from standard input: give --context_file or --question"):
+    with pytest.raises(QAError, match="cannot both come from standard input: give --context_file or --question"):
         next(ask.read_questions(stdin_is_read=True))
 
 
@@ -278,9 +264,7 @@ def test_show():
 
 
 def test_a_long_runner_up_is_cut():
-    n_best = [
-        {"text": text, "probability": 0.5, "start": 0, "end": len(text)} for text in ("no", "very " * 40 + "long")
-    ]
+    n_best = [{"text": text, "probability": 0.5, "start": 0, "end": 2} for text in ("no", "very " * 40 + "long")]
     answer = {"answer": "no", "probability": 0.5, "start": 0, "end": 2, "n_best": n_best}
     assert ask.show(answer, "no", in_color=False).splitlines()[-1] == "    0.50  " + "very " * 15 + "very…"
 
@@ -290,21 +274,3 @@ def test_a_text_cannot_command_the_terminal():
     answer = {"answer": text, "probability": 1.0, "start": 0, "end": len(text), "n_best": []}
     shown = ask.show(answer, text, in_color=False)
     assert not {"\033", "\x07", "\u202e"} & set(shown) and "evil" in shown
-
-
-def test_a_cuda_build_of_torch_without_a_gpu_is_a_cpu(model, text_file, monkeypatch, capsys):
-    """There torch names cuda as the accelerator that it was built for, whether or not there is one."""
-
-    def built_for_cuda(check_available=False):
-        return None if check_available else torch.device("cuda")
-
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
-    (answer,) = ask_json(capsys, model, "--context_file", text_file, "--question", "who lives in rome ?", *WINDOWS)
-    assert answer["n_best"]
-
-
-def test_model_is_the_one_that_was_saved(models):
-    assert type(ask.load(str(models["relative_key"]))[0]) is RelativeBertForQuestionAnswering
-    loaded, tokenizer = ask.load(str(models["absolute"]))
-    assert type(loaded) is BertForQuestionAnswering and not loaded.training and tokenizer.is_fast
-    assert issubclass(type(loaded), AutoModelForQuestionAnswering._model_mapping[type(loaded.config)])
