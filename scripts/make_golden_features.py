@@ -7,11 +7,11 @@ made here, for each setting of lengths, over written cases and over random texts
 """
 
 import json
-import os
 import random
 import string
 import sys
 import tempfile
+from pathlib import Path
 
 import transformers
 from transformers import BertTokenizer, SquadExample, squad_convert_examples_to_features
@@ -106,56 +106,40 @@ def random_cases(count: int, seed: int):
         yield f"random {number}", question, context, context[start:end], start
 
 
-def all_cases():
-    for name, (question, context, answer) in CASES.items():
-        yield name, question, context, answer, context.index(answer)
-    yield from random_cases(60, seed=7)
+def windows_of(examples: list[SquadExample], tokenizer, setting: tuple[int, int, int]) -> list[dict]:
+    features = squad_convert_examples_to_features(
+        examples, tokenizer, *setting, is_training=True, padding_strategy="do_not_pad", tqdm_enabled=False
+    )
+    return [
+        {
+            "id": feature.qas_id,
+            "input_ids": feature.input_ids,
+            "token_type_ids": "".join(map(str, feature.token_type_ids)),
+            "start_position": feature.start_position,
+            "end_position": feature.end_position,
+        }
+        for feature in features
+    ]
 
 
 def main(path: str) -> None:
     if transformers.__version__ != "4.57.6":
         sys.exit(f"transformers 4.57.6 is the reference, this is {transformers.__version__}")
-    cases = list(all_cases())
-    examples = [
-        SquadExample(name, question, context, answer, start, "", is_impossible=not answer)
-        for name, question, context, answer, start in cases
-    ]
+    cases = [(name, *case, case[1].index(case[2])) for name, case in CASES.items()]
+    cases += random_cases(60, seed=7)
+    examples = [SquadExample(*case, title="", is_impossible=not case[3]) for case in cases]
     with tempfile.TemporaryDirectory() as folder:
-        with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8") as file:
-            file.write("\n".join(VOCABULARY) + "\n")
-        tokenizer = BertTokenizer(os.path.join(folder, "vocab.txt"))
-    windows = []
-    for max_seq_length, doc_stride, max_query_length in SETTINGS:
-        features = squad_convert_examples_to_features(
-            examples,
-            tokenizer,
-            max_seq_length,
-            doc_stride,
-            max_query_length,
-            is_training=True,
-            padding_strategy="do_not_pad",
-            tqdm_enabled=False,
-        )
-        windows.append(
-            [
-                {
-                    "id": feature.qas_id,
-                    "input_ids": feature.input_ids,
-                    "token_type_ids": "".join(map(str, feature.token_type_ids)),
-                    "start_position": feature.start_position,
-                    "end_position": feature.end_position,
-                }
-                for feature in features
-            ]
-        )
+        vocabulary = Path(folder, "vocab.txt")
+        vocabulary.write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+        tokenizer = BertTokenizer(vocabulary)
+    windows = [windows_of(examples, tokenizer, setting) for setting in SETTINGS]
     golden = {
         "vocabulary": VOCABULARY,
         "examples": [dict(zip(("id", "question", "context", "answer", "start"), case, strict=True)) for case in cases],
         "settings": SETTINGS,
         "windows": windows,
     }
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(golden, file, separators=(",", ":"))
+    Path(path).write_text(json.dumps(golden, separators=(",", ":")), encoding="utf-8")
     print(f"{path}: {len(cases)} questions, {[len(w) for w in windows]} windows")
 
 

@@ -3,14 +3,10 @@
 import gzip
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_run_squad import QUICK, read
 from tiny import tiny_bert, tiny_questions
 
 import run_squad
@@ -21,7 +17,7 @@ check_data = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(check_data)
 
 LONG = " ".join(["anna lives in rome and goes to the market every day"] * 60)  # 660 tokens
-FLAGS = ["--max_seq_length", "60", "--doc_stride", "16"]
+FLAGS = ["--max_seq_length", "128", "--doc_stride", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -47,118 +43,89 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def facts(capsys, *argv) -> list[dict]:
+def facts(capsys, inputs, *argv) -> list[dict]:
     capsys.readouterr()
-    check_data.main([*map(str, argv), "--json"])
+    check_data.main([*map(str, argv), "--model_name_or_path", str(inputs / "bert"), "--json"])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_file_with_every_fault(inputs, capsys):
-    argv = [inputs / "own.jsonl.gz", "--model_name_or_path", inputs / "bert", "--validation_file", inputs / "dev.json"]
-    (found,) = facts(capsys, *argv, "--max_seq_length", 128, "--doc_stride", 32)
+def screen(capsys, inputs, *argv) -> str:
+    capsys.readouterr()
+    check_data.main([*map(str, argv), "--model_name_or_path", str(inputs / "bert")])
+    return capsys.readouterr().out
+
+
+def test_a_file_with_every_fault(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    before = sorted(inputs.rglob("*"))
+    argv = [inputs / "own.jsonl.gz", *FLAGS, "--validation_file", inputs / "dev.json"]
+    (found,) = facts(capsys, inputs, *argv)
     assert found["layout"] == "gzipped JSON lines, paragraphs"
     assert (found["questions"], found["contexts"], found["without_answer"]) == (19, 9, 1)
-    assert found["without_id"] == {"count": 2, "first_ids": ["row 3.qas[0]", "row 3.qas[1]"]}
+    assert found["without_id"]["count"] == 2
     assert "1 of 19 train questions have no answer" in found["flag_warning"]
-    assert found["answers"] == {
-        "repaired": {"count": 2, "first_ids": ["train-0-0", "train-1-0"]},
-        "left_out": {"count": 2, "first_ids": ["train-1-1", "train-2-0"]},
-    }
+    assert found["repaired"] == {"count": 2, "first_ids": ["train-0-0", "train-1-0"]}
+    assert found["left_out"] == {"count": 2, "first_ids": ["train-1-1", "train-2-0"]}
     assert found["context_tokens"]["max"] == 660 and found["question_tokens"]["max"] == 70
     assert [row[2] for row in found["context_tokens"]["histogram"]] == [8, 0, 0, 0, 0, 1]
-    lines = [
+    assert found["limits"] == [
+        "3 of 17 (17.6%) questions have a context longer than one window",
+        "1 of 17 (5.9%) questions are cut at --max_query_length 64",
         "2 of 16 (12.5%) answers are longer than --max_answer_length 30 and can never be given",
         "1 of 16 (6.2%) answers lie in no window as a whole and can never be given",
-        "1 of 9 (11.1%) contexts are longer than one window",
-        "1 of 17 (5.9%) questions are cut at --max_query_length 64",
     ]
-    assert found["limits"] == {"lines": lines, "too_long": 2, "not_held": 1, "long_contexts": 1, "cut_questions": 1}
-    assert found["doubled"] == {
-        "questions": {"count": 6, "first_ids": [f"train-{p}-{q}" for p in range(3) for q in range(2)][:5]},
-        "contexts": 3,
-        "ids": {"count": 0, "first_ids": []},
-    }
-    check_data.main([*map(str, argv), "--max_seq_length", "128", "--doc_stride", "32"])
-    screen = capsys.readouterr().out
+    asked = [f"train-{paragraph}-{question}" for paragraph in range(3) for question in range(2)]
+    assert found["asked_in_validation"] == {"count": 6, "first_ids": asked[:5]}
+    assert found["contexts_in_validation"] == 3 and found["ids_in_validation"]["count"] == 0
+    shown = screen(capsys, inputs, *argv)
     for line in (
         "19 questions on 9 contexts",
         "! 2 answers were not at their answer_start and are repaired: train-0-0, train-1-0",
         "! 2 answers are nowhere, or cannot be told apart: left out: train-1-1, train-2-0",
-        *(f"  ! {line}\n" for line in lines),
-        "! 3 contexts stand in",
+        f"! 6 questions are asked of the same context in the validation file: {', '.join(asked[:5])}, ...",
+        *(f"  ! {line}\n" for line in found["limits"]),
     ):
-        assert line in screen
-    assert re.search(r"16-31 █{40} 8\n", screen) and re.search(r"512-1023 █{5} 1\n", screen)
+        assert line in shown
+    assert re.search(r"16-31 █{40} 8\n", shown) and re.search(r"512-1023 █{5} 1\n", shown)
+    assert not list(tmp_path.iterdir()) and sorted(inputs.rglob("*")) == before  # nothing is written
 
 
 def test_a_file_without_a_fault(inputs, capsys):
-    (found,) = facts(capsys, inputs / "train.json", "--model_name_or_path", inputs / "bert")
-    assert found["layout"] == "JSON, articles" and found["flag_warning"] is None and "doubled" not in found
-    check_data.main([str(inputs / "train.json"), "--model_name_or_path", str(inputs / "bert")])
-    assert "!" not in capsys.readouterr().out
+    (found,) = facts(capsys, inputs, inputs / "train.json")
+    assert found["layout"] == "JSON, articles" and found["flag_warning"] is None and "ids_in_validation" not in found
+    assert "!" not in screen(capsys, inputs, inputs / "train.json")
 
 
 def test_it_is_what_training_sees(inputs, tmp_path, capsys):
     """The same windows, the same questions left out."""
-    model = ["--model_name_or_path", str(inputs / "bert")]
-    quick = [*QUICK, "--max_steps", "1", "--max_query_length", "16"]
-    file = inputs / "own.jsonl.gz"
-    (found,) = facts(capsys, file, *model, *quick[:4], "--max_query_length", 16)
-    run_squad.main([*model, *quick, "--do_train", "--train_file", str(file), "--output_dir", str(tmp_path)])
-    assert read(tmp_path, "train_results.json")["train_samples"] == found["windows"]["count"]
-    changes = read(tmp_path, "repaired_answers.json")
+    command = ["--train_file", str(inputs / "own.jsonl.gz"), "--model_name_or_path", str(inputs / "bert"), *FLAGS]
+    run_squad.main([*command, "--do_train", "--max_steps", "1", "--use_cpu", "--output_dir", str(tmp_path)])
+    (found,) = facts(capsys, inputs, inputs / "own.jsonl.gz", *FLAGS)
+    assert json.loads((tmp_path / "train_results.json").read_text())["train_samples"] == found["windows"]["count"]
+    changes = json.loads((tmp_path / "repaired_answers.json").read_text())
     left_out = [change["id"] for change in changes if change["repaired_start"] is None]
-    assert found["answers"]["left_out"]["first_ids"] == left_out
+    assert found["left_out"]["first_ids"] == left_out
 
 
 def test_files_without_answers_or_without_a_good_one(inputs, tmp_path, capsys):
-    test = tiny_questions(tmp_path / "test.json", answers=False)
-    rows = [{"context": "anna lives", "question": "who ?", "answers": ["ben"]}]
-    (tmp_path / "bad\033[31m.json").write_text(json.dumps(rows))
-    model = ["--model_name_or_path", inputs / "bert", *FLAGS]
-    first, second = facts(capsys, test, tmp_path / "bad\033[31m.json", *model)
-    assert first["answers"] is first["limits"] is None and first["windows"]["count"] > 0
-    assert second["answers"]["left_out"]["count"] == 1 and second["windows"]["count"] == 0 and second["limits"] is None
-    check_data.main([str(tmp_path / "bad\033[31m.json"), test, *map(str, model)])
-    assert "\033" not in capsys.readouterr().out
-
-
-def test_nothing_is_written(inputs, tmp_path):
-    home = tmp_path / "home"
-    (tmp_path / "tmp").mkdir()
-    command = [sys.executable, ROOT / "scripts" / "check_data.py", inputs / "own.jsonl.gz", *FLAGS]
-    command += [
-        "--model_name_or_path",
-        inputs / "bert",
-        "--validation_file",
-        inputs / "dev.json",
-        "--version_2_with_negative",
-    ]
-    before = sorted(inputs.rglob("*"))
-    environment = {**os.environ, "HF_HOME": str(home), "HOME": str(home), "TMPDIR": str(tmp_path / "tmp")}
-    command += ["--max_query_length", "16"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "19 questions on 9 contexts" in done.stdout, done.stderr
-    assert done.stderr == ""
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert sorted(inputs.rglob("*")) == before
+    to_predict, bad = tiny_questions(tmp_path / "test.json", answers=False), tmp_path / "bad\033[31m.json"
+    bad.write_text(json.dumps([{"context": "anna lives", "question": "who ?", "answers": ["ben"]}]))
+    first, second = facts(capsys, inputs, to_predict, bad, *FLAGS)
+    assert first["repaired"] is first["left_out"] is None and first["windows"]["count"] > 0
+    assert second["left_out"]["count"] == 1 and second["windows"] is second["limits"] is None
+    assert "\033" not in screen(capsys, inputs, bad, to_predict, *FLAGS)
 
 
 def test_each_error_is_one_line(inputs, tmp_path, capsys):
-    def refusal(*argv) -> str:
+    def refusal(*argv, model=inputs / "bert") -> str:
         with pytest.raises(SystemExit) as status:
-            check_data.main([*map(str, argv)])
+            check_data.main([*map(str, argv), "--model_name_or_path", str(model)])
         out, err = capsys.readouterr()
         assert (status.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("check_data.py: error: ")
         return err
 
-    model = ["--model_name_or_path", inputs / "bert"]
-    assert "none.json: cannot be read" in refusal(tmp_path / "none.json", *model)
-    (tmp_path / "broken.gz").write_bytes(gzip.compress(b'{"data": []}')[:-4])
-    assert "its gzip data breaks off" in refusal(tmp_path / "broken.gz", *model)
-    assert "--doc_stride 300 would leave tokens" in refusal(
-        inputs / "dev.json", *model, "--doc_stride", 300, *FLAGS[:2]
-    )
-    assert "--max_answer_length is 0" in refusal(inputs / "dev.json", *model, "--max_answer_length", 0)
-    assert "required: --model_name_or_path" in refusal(inputs / "dev.json")
-    assert "nowhere" in refusal(inputs / "dev.json", "--model_name_or_path", tmp_path / "nowhere")
+    assert "none.json: cannot be read" in refusal(tmp_path / "none.json")
+    assert "--doc_stride 300 would leave tokens" in refusal(inputs / "dev.json", *FLAGS[:2], "--doc_stride", 300)
+    assert "max_answer_length" in refusal(inputs / "dev.json", "--max_answer_length", 0)
+    assert "nowhere" in refusal(inputs / "dev.json", model=tmp_path / "nowhere")
