@@ -21,7 +21,8 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import TrainerState
 
-from qa import run_folder
+from qa import checkpoints
+from qa.distributed import exit_process, meet_after_restart, on_main_process, set_up_logging, was_restarted
 from qa.files import QAError, one_line, write_text
 from qa.legacy_flags import flags_from_json, make_parser, refuse_unknown_flags, translate_flags
 from qa.load_model import (
@@ -35,7 +36,6 @@ from qa.load_model import (
     position_type_of,
 )
 from qa.model_card import model_card
-from qa.processes import leave, meet_after_restart, on_main_process, set_up_logging, was_restarted
 from qa.read_squad import load_examples
 from qa.train_questions import MISPLACED_ANSWERS, hold_out, place_answers, warn_of_flags, warn_of_misplaced_golds
 from qa.windows import (
@@ -57,7 +57,7 @@ METRIC_NAMES = """
 """.split()
 # What the help shows first: transformers' flags that each run needs, and ours that stand among them.
 WHAT_TO_DO = """
-    do_train do_eval do_predict output_dir overwrite_output_dir resume_from_checkpoint max_nonfinite_steps
+    do_train do_eval do_predict output_dir overwrite_output_dir resume_from_checkpoint
 """.split()
 OUT_OF_MEMORY = (
     "Halve --per_device_train_batch_size and double --gradient_accumulation_steps (in evaluation halve "
@@ -211,10 +211,6 @@ class QATrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew where output_dir holds a run already, removing its checkpoints."}
     )
-    max_nonfinite_steps: int = field(
-        default=0,
-        metadata={"help": "Skip at most N steps whose loss is not finite, instead of stopping at the first."},
-    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after N evaluations in a row in which --metric_for_best_model has not improved."},
@@ -321,12 +317,12 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     examples, answer_changes = read_examples(model_args, data_args, training_args)
     features = make_windows(examples, tokenizer, data_args, training_args)
 
-    settings = run_folder.run_settings(model_args, data_args, training_args, position_type_of(config), features)
-    status, checkpoint = "training", None
+    settings = checkpoints.run_settings(model_args, data_args, training_args, position_type_of(config), features)
+    trained, checkpoint = False, None
     if training_args.do_train:
         restarted = was_restarted()
-        status, checkpoint = on_main_process(lambda: run_folder.plan_training(training_args, settings, restarted))
-    if status == "trained":
+        trained, checkpoint = on_main_process(lambda: checkpoints.plan_training(training_args, settings, restarted))
+    if trained:
         model = load_trained_model(training_args.output_dir, model_args.trust_remote_code)
     else:
         model = load_model(name, config, **source)
@@ -335,9 +331,9 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
     log_summary(model, examples, features, data_args, training_args)
     if trainer.is_world_process_zero() and (training_args.do_train or training_args.do_eval):
-        run_folder.write_qa_settings(training_args, model_args, data_args)
+        checkpoints.write_qa_settings(training_args, model_args, data_args)
 
-    if status == "trained":
+    if trained:
         logger.info("Training was finished before; going on with the model in %s.", training_args.output_dir)
         trainer.state = TrainerState.load_from_json(os.path.join(training_args.output_dir, "trainer_state.json"))
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
@@ -353,8 +349,6 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     if training_args.push_to_hub:
         push_to_hub(trainer)
     if trainer.is_world_process_zero():
-        if training_args.do_train:
-            run_folder.write_run_state(training_args.output_dir, "finished", settings)
         if scores:
             print(json.dumps(scores, indent=2), flush=True)
         log_where(training_args)
@@ -592,8 +586,6 @@ def make_trainer(model, tokenizer, examples, features, settings, data_args, trai
         post_process_function=post_process,
         run_settings=settings,
         callbacks=callbacks,
-        train_ids=examples["train"]["id"] if "train" in examples else None,
-        max_nonfinite_steps=training_args.max_nonfinite_steps,
     )
 
 
@@ -601,20 +593,19 @@ def train(trainer: QuestionAnsweringTrainer, settings: dict, checkpoint: str | N
     """Trains from `checkpoint` or anew, and saves the model, its tokenizer, the metrics and the state."""
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
-    on_main_process(lambda: run_folder.begin_run(trainer.args, settings, checkpoint, answer_changes))
+    on_main_process(lambda: checkpoints.begin_run(trainer.args, settings, checkpoint, answer_changes))
     with trainer.signals_noted():
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
         trainer.save_model()
         logger.info(
-            "Trained for %.0f s, %.1f windows a second; mean loss %.4g.",
+            "Trained for %.0f s; mean loss %.4g.",
             metrics["train_runtime"],
-            metrics["train_samples_per_second"],
             metrics["train_loss"],
         )
         trainer.save_metrics("train", metrics)
         trainer.save_state()
-        on_main_process(lambda: run_folder.write_run_state(trainer.args.output_dir, "trained", settings))
+        on_main_process(lambda: checkpoints.write_run_state(trainer.args.output_dir, "trained", settings))
     trainer.stop_if_asked()
 
 
@@ -641,7 +632,7 @@ def push_to_hub(trainer: QuestionAnsweringTrainer) -> None:
     except Exception as error:  # of any library between here and the hub
         raise QAError(
             f"cannot push to the hub: {one_line(error)}. All of it stands in {trainer.args.output_dir}; "
-            f"{run_folder.same_command(trainer.args)} tries again"
+            f"{checkpoints.same_command(trainer.args)} tries again"
         ) from error
     if trainer.is_world_process_zero():
         logger.info("Pushed to %s on the hub.", trainer.hub_model_id)
@@ -657,5 +648,5 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        leave(end.code)
-    leave(0)
+        exit_process(end.code)
+    exit_process(0)

@@ -11,80 +11,85 @@ from launch import At
 from safetensors.torch import load_file, save_file
 from tiny import tiny_bert, tiny_questions, with_google_names
 
-from qa.run_folder import WHOLE_CHECKPOINT, broken_checkpoints, whole_checkpoints
-from trainer_qa import QuestionAnsweringTrainer
+from qa.checkpoints import MARKER, complete_checkpoints, incomplete_checkpoints
 
 TRAINER = "trainer_qa.QuestionAnsweringTrainer"
+TOKENIZER_SAVED = "transformers.tokenization_utils_base.PreTrainedTokenizerBase.save_pretrained"  # after the weights
 # 48 windows of 16 questions make 12 steps an epoch on one process, 29 steps the run; every step draws random numbers
 # for dropout. Checkpoints at 6, 12 (an epoch's end), 18 (the best), 24 and 29.
 FLAGS = """
     --do_train --do_eval --max_seq_length 20 --doc_stride 5 --num_train_epochs 2.4 --per_device_train_batch_size 2
-    --gradient_accumulation_steps 2 --learning_rate 1e-1 --warmup_steps 3 --logging_steps 2
+    --gradient_accumulation_steps 2 --learning_rate 1e-1 --warmup_steps 3 --logging_steps 4
     --eval_strategy steps --eval_steps 6 --save_steps 6 --save_total_limit 1 --load_best_model_at_end
 """.split()
 
 # Calls are counted from the start of the process: two training steps a step, four prediction steps an evaluation.
 MOMENTS = {
+    "training, in the last epoch": At(f"{TRAINER}.training_step", 53),
+    "evaluated, not saved": At("run_squad.write_predictions", 2, after=True),
+    "saving, before the marker": At("qa.checkpoints.mark_complete", 2),
+    "rotating, the marker removed": At("pathlib.Path.unlink", 2, after=True),  # the first is of begin_run
+    "trained, before the model": At(f"{TRAINER}.save_model", 6),
+    "trained": At("qa.checkpoints.write_run_state", 2, after=True),
+}
+MORE_MOMENTS = {
     "before the first step": At(f"{TRAINER}.training_step", 1),
     "before the first checkpoint": At(f"{TRAINER}.training_step", 7),
     "training, in the first epoch": At(f"{TRAINER}.training_step", 19),
-    "training, in the last epoch": At(f"{TRAINER}.training_step", 53),
     "evaluating": At(f"{TRAINER}.prediction_step", 7),
-    "evaluated, not saved": At("run_squad.write_predictions", 2, after=True),
-    "saving, before the optimizer": At(f"{TRAINER}._save", 2, after=True),
+    "saving, before the optimizer": At(TOKENIZER_SAVED, 2, after=True),
     "saving, before the random state": At(f"{TRAINER}._save_rng_state", 3),
-    "saving, before the mark": At("qa.run_folder._flush_to_disk", 2, after=True),
-    "saved, before the rotation": At(f"{TRAINER}._rotate_checkpoints", 3),
-    "rotating, the mark removed": At("pathlib.Path.unlink", 1, after=True),
+    "saved, before the rotation": At("qa.checkpoints.rotate_checkpoints", 3),
     "rotating, half of the files removed": At("os.unlink", 6, after=True),
-    "trained, before the model": At(f"{TRAINER}.save_model", 6),
-    "trained, half of the model saved": "test_kill.kill_amid_the_last_save",
-    "trained, before that is noted": At("qa.run_folder.write_run_state", 2),
-    "trained": At("qa.run_folder.write_run_state", 2, after=True),
+    "trained, half of the model saved": At(TOKENIZER_SAVED, 6),
+    "trained, before that is noted": At("qa.checkpoints.write_run_state", 2),
     "evaluating the trained model": At("run_squad.write_predictions", 6),
-    "before the end is noted": At("qa.run_folder.write_run_state", 3),
 }
+ALL_MOMENTS = {**MOMENTS, **MORE_MOMENTS}
 
 
-def kill_amid_the_last_save():
-    """When the third file of the model that training came to is about to take its place."""
-    save = QuestionAnsweringTrainer._save
-
-    def watched(self, output_dir=None, state_dict=None):
-        if output_dir in (None, self.args.output_dir):
-            launch.signal_at(At("os.replace", 3))
-        save(self, output_dir, state_dict)
-
-    QuestionAnsweringTrainer._save = watched
-
-
-# The names of the LayerNorms in the checkpoint that the run starts from: ours, or those of Google's checkpoints.
-@pytest.fixture(scope="module", params=["weight and bias", "gamma and beta"])
-def command(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """The run's command, by the names of the LayerNorms in the checkpoint that it starts from."""
     folder = tmp_path_factory.mktemp("inputs")
-    model = tiny_bert(folder / "model")
-    return [
-        *("--model_name_or_path", with_google_names(model) if request.param == "gamma and beta" else model),
+    flags = [
         *("--train_file", tiny_questions(folder / "train.json", paragraphs=8)),
         *("--validation_file", tiny_questions(folder / "dev.json", paragraphs=5)),
         *FLAGS,
     ]
+    google = with_google_names(tiny_bert(folder / "google"))
+    return {
+        "weight and bias": ["--model_name_or_path", tiny_bert(folder / "model"), *flags],
+        "gamma and beta": ["--model_name_or_path", google, *flags],
+    }
 
 
 @pytest.fixture(scope="module")
-def never_killed(command, tmp_path_factory):
-    """What a run that was never killed comes to, by number of processes."""
+def command(commands):
+    return commands["weight and bias"]
 
+
+@pytest.fixture(scope="module")
+def never_killed(commands, tmp_path_factory):
+    """What a run that was never killed comes to, by number of processes and names."""
     results = {}
 
-    def get(processes):
-        if processes not in results:
-            out = tmp_path_factory.mktemp("never_killed") / str(processes)
-            finish(command, out, processes)
-            results[processes] = outcome(out)
-        return results[processes]
+    def get(processes=1, names="weight and bias"):
+        if (processes, names) not in results:
+            out = tmp_path_factory.mktemp("never_killed") / "out"
+            finish(commands[names], out, processes)
+            results[processes, names] = outcome(out)
+        return results[processes, names]
 
     return get
+
+
+@pytest.fixture
+def killed(command, tmp_path_factory):
+    """The output_dir of a run that was killed after the checkpoint at step 24."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    launch.run(*command, "--output_dir", out, at=MOMENTS["training, in the last epoch"])
+    return out
 
 
 def finish(command, out, processes=1):
@@ -108,45 +113,58 @@ def outcome(out: Path) -> dict:
         "history": [without_times(entry) for entry in state["log_history"]],
         "best": (state["best_metric"], state["best_global_step"], Path(state["best_model_checkpoint"]).name),
         "best model": (out / Path(state["best_model_checkpoint"]).name / "model.safetensors").read_bytes(),
-        "checkpoints": [Path(folder).name for folder in whole_checkpoints(out)],
-        "status": json.loads((out / "run_state.json").read_text())["status"],
+        "checkpoints": [Path(folder).name for folder in complete_checkpoints(out)],
     }
 
 
 def test_reference_run_exercises_what_it_should(never_killed):
-    done = never_killed(1)
+    done = never_killed()
     scores = [entry["eval_f1"] for entry in done["history"] if "eval_f1" in entry]
     assert len(scores) == 5 and len(set(scores)) > 1
     assert done["best"][1] not in (0, 29), "the best model should not be the last one"
     assert done["checkpoints"] == [done["best"][2], "checkpoint-29"]
     assert done["model.safetensors"] == done["best model"]
-    assert not any(name in done["model.safetensors"] for name in (b"gamma", b"beta"))
-    assert done["status"] == "finished"
+    assert not any(name in never_killed(1, "gamma and beta")["model.safetensors"] for name in (b"gamma", b"beta"))
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_once(moment, command, never_killed, tmp_path):
-    at = MOMENTS[moment]
-    killed = launch.run(*command, "--output_dir", tmp_path, **({"patch": at} if isinstance(at, str) else {"at": at}))
+@pytest.mark.parametrize(
+    "names, moment",
+    [
+        *(("weight and bias", moment) for moment in MOMENTS),
+        *(pytest.param("weight and bias", moment, marks=pytest.mark.slow) for moment in MORE_MOMENTS),
+        ("gamma and beta", "trained, before the model"),
+        pytest.param("gamma and beta", "training, in the last epoch", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_once(names, moment, commands, never_killed, tmp_path):
+    killed = launch.run(*commands[names], "--output_dir", tmp_path, at=ALL_MOMENTS[moment])
     assert killed.exit_codes == [-signal.SIGKILL], killed.err[0][-2000:]
-    if moment.startswith(("saving", "rotating")):
-        assert broken_checkpoints(tmp_path)
-    finish(command, tmp_path)
-    assert outcome(tmp_path) == never_killed(1)
+    assert bool(incomplete_checkpoints(tmp_path)) == moment.startswith(("saving", "rotating"))
+    finish(commands[names], tmp_path)
+    assert outcome(tmp_path) == never_killed(1, names)
 
 
-def test_killed_again_and_again_with_two_processes(command, never_killed, tmp_path):
-    moments = [
-        At(f"{TRAINER}.training_step", 5, rank=1),
-        At("qa.run_folder._flush_to_disk", 1, after=True),
-        At(f"{TRAINER}._save_rng_state", 2, rank=1),
-        At("pathlib.Path.unlink", 1, after=True),
-        At(f"{TRAINER}.prediction_step", 3, rank=1),
-        At(f"{TRAINER}._rotate_checkpoints", 1),
-        At("qa.run_folder.write_run_state", 2),
-        At("qa.run_folder.write_run_state", 2, after=True),
-        At("run_squad.write_predictions", 1),
-    ]
+@pytest.mark.parametrize(
+    "moments",
+    [
+        [At(f"{TRAINER}._save_rng_state", 2, rank=1)],
+        pytest.param(
+            [
+                At(f"{TRAINER}.training_step", 5, rank=1),
+                At("qa.checkpoints.mark_complete", 1),
+                At("pathlib.Path.unlink", 2, after=True),
+                At(f"{TRAINER}.prediction_step", 3, rank=1),
+                At("qa.checkpoints.rotate_checkpoints", 1),
+                At("qa.checkpoints.write_run_state", 2),
+                At("qa.checkpoints.write_run_state", 2, after=True),
+                At("run_squad.write_predictions", 1),
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["once", "again and again"],
+)
+def test_killed_with_two_processes(moments, command, never_killed, tmp_path):
     for moment in moments:
         killed = launch.run(*command, "--output_dir", tmp_path, processes=2, at=moment)
         assert killed.exit_codes[moment.rank] == -signal.SIGKILL, (moment, killed.err[0][-2000:])
@@ -154,19 +172,19 @@ def test_killed_again_and_again_with_two_processes(command, never_killed, tmp_pa
     assert outcome(tmp_path) == never_killed(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy, sampling", [("no", "sequential"), ("epoch", "random"), ("best", "batch_rebalance")])
 def test_killed_twice_with_other_flags(strategy, sampling, command, tmp_path):
     command = command + ["--save_strategy", strategy, "--train_sampling_strategy", sampling]
     if strategy == "no":
         command.remove("--load_best_model_at_end")
     if strategy == "epoch":
-        command += ["--eval_strategy", "epoch"]
+        command += ["--eval_strategy", "epoch", "--logging_strategy", "epoch"]
     finish(command, tmp_path / "never_killed")
     out = tmp_path / "killed"
-    killed = launch.run(*command, "--output_dir", out, at=At(f"{TRAINER}.training_step", 37))
-    assert killed.exit_codes == [-signal.SIGKILL]
-    killed = launch.run(*command, "--output_dir", out, at=At("qa.run_folder.write_run_state", 2))
-    assert killed.exit_codes == [-signal.SIGKILL]
+    for moment in (At(f"{TRAINER}.training_step", 37), At("qa.checkpoints.write_run_state", 2)):
+        killed = launch.run(*command, "--output_dir", out, at=moment)
+        assert killed.exit_codes == [-signal.SIGKILL]
     finish(command, out)
     for name in ("model.safetensors", "eval_predictions.json"):
         assert (out / name).read_bytes() == (tmp_path / "never_killed" / name).read_bytes()
@@ -179,52 +197,34 @@ def test_evaluation_at_an_epochs_end_comes_before_the_checkpoint_of_its_last_ste
     command = [flag for flag in command if flag != "--load_best_model_at_end"] + ["--eval_strategy", "epoch"]
     killed = launch.run(*command, "--output_dir", tmp_path, at=At("run_squad.write_predictions", 1))
     assert killed.exit_codes == [-signal.SIGKILL]
-    assert [Path(folder).name for folder in whole_checkpoints(tmp_path)] == ["checkpoint-6"]
+    assert [Path(folder).name for folder in complete_checkpoints(tmp_path)] == ["checkpoint-6"]
     finish(command, tmp_path)
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_f1" in entry] == [12, 24, 29]
 
 
-def test_a_copied_output_dir_keeps_its_best_model(command, never_killed, tmp_path):
+def test_a_copied_output_dir_keeps_its_best_model(killed, command, never_killed, tmp_path):
     """Checkpoints name the best one by its path; a run goes on from a copy that lies elsewhere."""
-    launch.run(*command, "--output_dir", tmp_path / "first", at=At(f"{TRAINER}.training_step", 53))
-    shutil.copytree(tmp_path / "first", tmp_path / "second")
-    shutil.rmtree(tmp_path / "first")
-    finish(command, tmp_path / "second")
-    done = outcome(tmp_path / "second")
-    assert done["best"] == never_killed(1)["best"]
-    assert done["model.safetensors"] == never_killed(1)["model.safetensors"]
+    copy = shutil.move(killed, tmp_path / "copy")
+    finish(command, copy)
+    assert outcome(copy) == never_killed()
 
 
-@pytest.mark.parametrize("google_names", [False, True])
-def test_a_checkpoint_by_the_names_of_the_first_file_is_resumed(google_names, command, never_killed, tmp_path):
-    """As earlier versions of this program saved them for Google's checkpoints."""
-    launch.run(*command, "--output_dir", tmp_path, at=At(f"{TRAINER}.training_step", 19))
-    if google_names:
-        with_google_names(str(tmp_path / "checkpoint-6"))
-    finish(command, tmp_path)
-    assert outcome(tmp_path) == never_killed(1)
-
-
-@pytest.mark.parametrize("moment", ["resuming", "loading the best model"])
-def test_a_weight_that_is_missing_or_left_over_stops_the_run(moment, command, tmp_path):
-    launch.run(*command, "--output_dir", tmp_path, at=At(f"{TRAINER}.training_step", 53))
-    folder = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    if moment == "loading the best model":
-        folder = tmp_path / "checkpoint-18"
-    weights = load_file(folder / "model.safetensors")
+@pytest.mark.parametrize("checkpoint", ["checkpoint-24", "checkpoint-18"], ids=["resumed", "best"])
+def test_a_weight_that_is_missing_or_left_over_stops_the_run(checkpoint, killed, command):
+    file = killed / checkpoint / "model.safetensors"
+    weights = load_file(file)
     weights["qa_outputs.offset"] = weights.pop("qa_outputs.bias")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    stopped = launch.run(*command, "--output_dir", tmp_path)
-    assert stopped.exit_codes == [1]
+    save_file(weights, file, metadata={"format": "pt"})
+    stopped = launch.run(*command, "--output_dir", killed)
+    assert stopped.exit_codes == [2]
     assert stopped.err[0].splitlines()[-1] == (
-        f"run_squad.py: error: the weights in {folder} are not those of this model. missing: qa_outputs.bias; "
-        "left over: qa_outputs.offset"
+        f"run_squad.py: error: the weights in {killed / checkpoint} are not those of this model. "
+        "missing: qa_outputs.bias; left over: qa_outputs.offset"
     )
 
 
-def test_mark_is_the_last_file_of_a_checkpoint(command, tmp_path):
-    launch.run(*command, "--output_dir", tmp_path, at=At(f"{TRAINER}._rotate_checkpoints", 1))
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
-    times = {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
-    assert max(times, key=times.get) == WHOLE_CHECKPOINT
+def test_marker_is_the_last_file_of_a_checkpoint(killed):
+    for checkpoint in complete_checkpoints(killed):
+        times = {file.name: file.stat().st_mtime_ns for file in Path(checkpoint).iterdir()}
+        assert max(times, key=times.get) == MARKER

@@ -1,6 +1,7 @@
-"""Several processes as one: who speaks, what the main one does for all, restarts, and the way out."""
+"""Distributed helpers: rank-0 logging and execution, restarts, exit."""
 
 import atexit
+import contextlib
 import datetime
 import logging
 import os
@@ -16,7 +17,7 @@ OUR_LOGGERS = ("run_squad", "trainer_qa", "qa")
 
 
 def set_up_logging(level: int) -> None:
-    """This program speaks from `level` on; the libraries only when something is wrong, whichever there are."""
+    """Logs this program's messages from `level` on, and the libraries' only when something is wrong."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
@@ -43,37 +44,36 @@ def gather(value) -> list:
     return values
 
 
-def on_main_process(function: Callable):
-    """What `function()` returns on the main process, on every process; where it fails there, every process fails.
+@contextlib.contextmanager
+def fail_together():
+    """Where the body fails on one process, every process fails: the others with QAError, which says the same.
 
-    Raises the ValueError of `function`, and `QAError` for an OSError, such as a full disk.
+    Every process must enter it; so none waits for one that is gone.
     """
-    if dist.is_initialized() and dist.get_rank() > 0:
-        shared = [None, None, False]
-        dist.broadcast_object_list(shared, src=0)
-        result, message, is_value_error = shared
-        if message is not None:
-            raise QAError(message) if is_value_error else QAError(message)
-        return result
-    result = failure = None
+    failure = None
     try:
-        result = function()
+        yield
     except Exception as error:
-        failure = QAError(f"cannot write: {one_line(error)}") if isinstance(error, OSError) else error
-    if dist.is_initialized():
-        message = None if failure is None else str(failure)
-        dist.broadcast_object_list([result, message, isinstance(failure, ValueError)], src=0)
-    if failure is not None:
-        raise failure
-    return result
+        failure = error
+    messages = [message for message in gather(failure and one_line(failure)) if message]
+    if messages:
+        raise failure or QAError(messages[0])
+
+
+def on_main_process(function: Callable):
+    """What `function()` returns on the main process, on every process; where it fails, every process fails."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    with fail_together():
+        result = function() if is_main else None
+    return gather(result)[0]
 
 
 def meet_after_restart(backend: str, timeout: float) -> None:
-    """Brings together the processes of a run that torchrun has started again; does nothing in any other run.
+    """Initializes the process group of a run that torchrun has restarted; does nothing in any other run.
 
-    torchrun's restarted processes meet in the store of those before them (torch 2.13), and wait for ever where one of
-    them reads the address of one that is gone. Under a name of its own a restart finds only itself. Several agents
-    count their restarts apart, and so cannot agree on a name: they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+    Restarted processes share the key-value store of those before them (torch 2.13), and wait for ever where one of them
+    reads the address of one that is gone; a key prefix for each restart avoids that. Several agents count their
+    restarts apart, and cannot agree on a prefix: they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
     """
     environment = os.environ
     restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -93,15 +93,15 @@ def meet_after_restart(backend: str, timeout: float) -> None:
 
 
 def was_restarted() -> bool:
-    """Has a launcher given this command again, after its processes died? Every process must ask, and hears the same."""
+    """Whether torchrun or SLURM has restarted this command; every process must ask, and hears the same."""
     counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
     return any(gather(any(count != "0" for count in counts)))
 
 
-def leave(status: int | None) -> None:
+def exit_process(status: int | None) -> None:
     """Ends the process; under torchrun without the interpreter's teardown.
 
-    There a thread of gloo's now and then aborts a process that has done its work, which torchrun takes for a failure.
+    In the teardown a thread of gloo's now and then aborts a process that is done, which torchrun takes for a failure.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         atexit._run_exitfuncs()
