@@ -73,7 +73,7 @@ FACTS = {
 }
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,14 +88,17 @@ def main():
     )
     positions = "of the models (%(default)s): their longest window"
     parser.add_argument("--max_position_embeddings", type=at_least(1), default=512, help=positions)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()
 
     splits = make_splits(random.Random(args.seed), {**HELD_OUT_PARAGRAPHS, "train": args.train_paragraphs})
     tokenizer = train_tokenizer(splits["train"])
     for length in args.validation_lengths:
         rng, name = random.Random(f"{args.seed} {length}"), f"validation_{length}"
-        splits[name] = make_articles(name, make_long_paragraphs(rng, length, tokenizer))
+        paragraphs = make_long_paragraphs(rng, length, tokenizer)
+        if not paragraphs:
+            parser.error(f"--train_paragraphs {args.train_paragraphs}: too few to learn whole words from")
+        splits[name] = make_articles(name, paragraphs)
     for name, articles in splits.items():
         write_text(args.output_dir / f"{name}.json", [json.dumps({"version": "toy", "data": articles})])
     for position_embedding_type in POSITION_EMBEDDING_TYPES:
@@ -186,7 +189,7 @@ def tell(facts, asked, paragraph_id):
 
 
 def make_long_paragraphs(rng, length, tokenizer):
-    """Paragraphs that fill a window of `length` tokens with any of their questions."""
+    """Paragraphs that fill a window of `length` tokens with any of their questions; none where no facts fit in."""
 
     def count_tokens(text):
         return len(tokenizer.tokenize(text))
@@ -196,6 +199,8 @@ def make_long_paragraphs(rng, length, tokenizer):
     paragraphs, asked = [], 0
     while asked < QUESTIONS_PER_LENGTH:
         paragraph = make_long_paragraph(rng, f"validation_{length}-{len(paragraphs)}", room, count_tokens)
+        if paragraph is None:
+            return []
         if paragraph["qas"]:  # words in pieces may leave no room for what is asked
             paragraphs.append(paragraph)
             asked += len(paragraph["qas"])
@@ -205,6 +210,7 @@ def make_long_paragraphs(rng, length, tokenizer):
 def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
     """A paragraph of `num_tokens` tokens, or a few less, with one question on each kind of fact in it.
 
+    None where words are in so many pieces that they have no room for one person's facts.
     Where all of the facts are told, those that no question asks about go on: people visit further cities and buy
     further things. So every word stands where training knows it.
     """
@@ -217,7 +223,7 @@ def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
     tokens_per_person = sum(tokens_of(PEOPLE[0], kind, FACTS[kind][2][0]) for kind in kinds)
     whole = min(num_tokens // tokens_per_person, len(PEOPLE))
     if whole < 1:
-        sys.exit("make_toy_squad.py: error: --train_paragraphs: too few to learn whole words from, which fit a window")
+        return None
     people = rng.sample(PEOPLE, min(whole + 1, len(PEOPLE)))
     golds = {}
     for kind in kinds:
