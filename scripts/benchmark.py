@@ -9,47 +9,47 @@ python scripts/benchmark.py scale [--contracts 1 4 16] [--json FILE]
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import multiprocessing
-import os
 import platform
-import re
 import statistics
 import string
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForQuestionAnswering,
+    BertTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.models.bert.modeling_bert import BertLayer  # noqa: E402
+from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_attention_command(commands)
-    add_data_command(commands)
-    add_training_command(commands)
-    add_scale_command(commands)
-    args = parser.parse_args()
-    rows = args.run(args)
-    if args.json:
-        write_rows(args.json, rows)
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-# Relative against absolute positions, one BERT layer
-
+from qa.files import write_json  # noqa: E402
+from qa.modeling_relative_bert import RelativeBertLayer, RelativeBertSelfAttention  # noqa: E402
+from qa.read_squad import read_squad_file  # noqa: E402
+from qa.train_questions import align_answers  # noqa: E402
+from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
+from run_squad import QATrainingArguments  # noqa: E402
+from scripts import peer_run_qa  # noqa: E402
+from trainer_qa import QuestionAnsweringTrainer  # noqa: E402
+from utils_qa import AnswerSettings, postprocess_qa_predictions, squad_scores, write_predictions  # noqa: E402
 
 # size -> (hidden size, heads, intermediate size), and lengths x batch sizes; toy is what the quickstart trains
 ATTENTION_SHAPES = {
@@ -57,371 +57,436 @@ ATTENTION_SHAPES = {
     "base": ((768, 12, 3072), ["48x32", "160x10", "384x4", "512x4"]),
     "large": ((1024, 16, 4096), ["160x10", "384x4", "512x4"]),
 }
-
-
-def add_attention_command(commands) -> None:
-    parser = commands.add_parser(
-        "attention",
-        help="one BERT layer with relative positions: ours, the plain formula, absolute positions under sdpa",
-    )
-    parser.add_argument("--sizes", nargs="+", choices=ATTENTION_SHAPES, default=list(ATTENTION_SHAPES))
-    parser.add_argument("--lengths", nargs="+", help="length x batch size (those that the size is used with)")
-    parser.add_argument("--passes", nargs="+", choices=("forward", "train"), default=["forward", "train"])
-    parser.add_argument("--dropout", type=float, default=0.0, help="of the probabilities, in training (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=8, help="timed rounds, after one that is not (%(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.set_defaults(run=measure_attention)
-
-
-def measure_attention(args: argparse.Namespace) -> list[dict]:
-    """A row for each size, length, position type and pass: medians in seconds and peak memory in bytes."""
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{'':36}{'seconds':>30}{'ratio':>26}{'peak MB':>30}")
-    heads = "".join(f"{head:>10}" for head in ("ours", "absolute", "reference"))
-    print(f"{'':36}{heads}{'ours/abs':>9}{'ref/abs':>8}{'ours/ref':>9}{heads}{'added':>8}")
-    rows = []
-    for size in args.sizes:
-        for length, batch in (map(int, shape.split("x")) for shape in args.lengths or ATTENTION_SHAPES[size][1]):
-            for kind in args.passes:
-                layers = make_layers(size, length, args.dropout, device, dtype)
-                hidden = torch.randn(batch, length, layers["absolute"].attention.output.dense.in_features)
-                hidden = hidden.to(device, dtype).requires_grad_(kind == "train")
-                steps = {key: make_step(layer, hidden, kind) for key, layer in layers.items()}
-                seconds = alternate(steps, args.repeats, device)
-                peaks = {key: peak_memory(step, device) for key, step in steps.items()}
-                for position_type in ("relative_key", "relative_key_query"):
-                    keys = {"ours": position_type, "absolute": "absolute", "reference": f"{position_type} reference"}
-                    row = {"what": f"{position_type} {length} {kind}", "size": size, "batch": batch, "device": name}
-                    row |= {f"{who}_s": seconds[key] for who, key in keys.items()}
-                    row |= {f"{who}_peak_bytes": peaks[key] for who, key in keys.items()}
-                    rows.append(row)
-                    print_row(row)
-    return rows
-
-
-def print_row(row: dict) -> None:
-    ours, absolute, reference = (row[f"{who}_s"] for who in ("ours", "absolute", "reference"))
-    peaks = [row[f"{who}_peak_bytes"] for who in ("ours", "absolute", "reference")]
-    # What relative positions add, as a share of what the reference adds.
-    added = (peaks[0] - peaks[1]) / max(1, peaks[2] - peaks[1])
-    print(
-        f"{row['what'] + ' x' + str(row['batch']) + ' ' + row['size']:<36}{ours:10.4f}{absolute:10.4f}{reference:10.4f}"
-        f"{ours / absolute:9.3f}{reference / absolute:8.3f}{ours / reference:9.3f}"
-        + "".join(f"{peak / 1e6:10.0f}" for peak in peaks)
-        + f"{added:8.2f}",
-        flush=True,
-    )
-
-
-def make_layers(size: str, length: int, dropout: float, device, dtype) -> dict:
-    """One transformers BertLayer for absolute positions, and for each relative type ours and the reference."""
-    import torch
-    from transformers import BertConfig
-    from transformers.models.bert.modeling_bert import BertLayer
-
-    from qa.modeling_relative_bert import RelativeBertLayer
-
-    hidden, heads, intermediate = ATTENTION_SHAPES[size][0]
-    layers = {}
-    for position_type in ("absolute", "relative_key", "relative_key_query"):
-        config = BertConfig(
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            intermediate_size=intermediate,
-            attention_probs_dropout_prob=dropout,
-            max_position_embeddings=max(512, length),
-            position_embedding_type=position_type,
-            attn_implementation="sdpa",
-        )
-        layers[position_type] = BertLayer(config) if position_type == "absolute" else RelativeBertLayer(config)
-        if position_type != "absolute":
-            layers[f"{position_type} reference"] = RelativeBertLayer(config)
-            layers[f"{position_type} reference"].attention.self = make_reference_attention(config)
-    weights = layers["relative_key"].state_dict()
-    for layer in layers.values():
-        layer.load_state_dict(weights, strict=False)
-        layer.to(device, dtype)
-    torch.manual_seed(0)
-    return layers
-
-
-def make_reference_attention(config):
-    """The formula as it reads, over a gathered (length, length, head size) tensor of distance embeddings."""
-    import torch
-
-    from qa.modeling_relative_bert import RelativeBertSelfAttention
-
-    class ReferenceSelfAttention(RelativeBertSelfAttention):
-        def forward(self, hidden_states, attention_mask=None):
-            batch, length, _ = hidden_states.shape
-            heads = (batch, length, self.num_attention_heads, self.attention_head_size)
-            query = self.query(hidden_states).view(heads).transpose(1, 2)  # (batch, heads, length, head size)
-            key = self.key(hidden_states).view(heads).transpose(1, 2)
-            value = self.value(hidden_states).view(heads).transpose(1, 2)
-            positions = torch.arange(length, device=query.device)
-            rows = positions[:, None] - positions + self.max_position_embeddings - 1
-            distances = self.distance_embedding(rows)  # (length, length, head size)
-            scores = query @ key.transpose(-1, -2) + torch.einsum("bhld,lrd->bhlr", query, distances)
-            if self.position_embedding_type == "relative_key_query":
-                scores = scores + torch.einsum("bhrd,lrd->bhlr", key, distances)
-            scores = scores / math.sqrt(self.attention_head_size)
-            if attention_mask is not None:
-                scores = scores + attention_mask
-            probabilities = self.dropout(scores.softmax(-1))
-            return (probabilities @ value).transpose(1, 2).reshape(batch, length, -1), probabilities
-
-    return ReferenceSelfAttention(config)
-
-
-def make_step(layer, hidden, kind: str):
-    """A call of no arguments: one forward pass without gradients, or forward and backward with dropout."""
-    import torch
-
-    if kind == "forward":
-        layer.eval()
-
-        def step():
-            with torch.no_grad():
-                layer(hidden)
-    else:
-        layer.train()
-
-        def step():
-            layer_output(layer, hidden).sum().backward()
-            layer.zero_grad()
-            hidden.grad = None
-
-    return step
-
-
-def layer_output(layer, hidden):
-    """(batch, length, hidden): all that transformers' layer returns, the first of what ours does."""
-    output = layer(hidden)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def alternate(steps: dict, repeats: int, device) -> dict[str, float]:
-    """The median seconds of each step. One round calls each once, so that whatever else the machine does hits all."""
-    import torch
-
-    times = {key: [] for key in steps}
-    for repeat in range(repeats + 1):
-        for key, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat > 0:
-                times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(each) for key, each in times.items()}
-
-
-def peak_memory(step, device) -> int:
-    """The most bytes allocated at one time during `step`, above what was allocated before."""
-    import torch
-
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        allocated += event["args"]["Bytes"]
-        peak = max(peak, allocated)
-    return peak
-
-
-# Text to windows, logits to answers, answers to scores
-
-
+MODEL_SHAPES = {"mini": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 24, 16)}  # hidden size, layers, heads
 SQUAD_QUESTIONS = {"train": 87_599, "validation": 10_570}
 QUESTIONS_PER_PARAGRAPH = {"train": 4.6, "validation": 5.1}
 GOLD_ANSWERS = {"train": 1, "validation": 3}
+CONTRACT_WORDS, CONTRACT_QUESTIONS = 7_100, 41  # as in CUAD: 54,000 characters
+SCALE_BATCH = 32
+RELATIVE_TYPES = ("relative_key", "relative_key_query")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def add_data_command(commands) -> None:
-    parser = commands.add_parser(
-        "data", help="features, post-processing and metric on text of SQuAD's shape: ours and in the way of run_qa.py"
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add_command(name: str, run: Callable, explanation: str, **repeats: int) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=explanation)
+        command.add_argument("--json", type=Path, help="file to write the rows to")
+        for flag, default in repeats.items():
+            command.add_argument(f"--{flag}", type=int, default=default, help="timed rounds (%(default)s)")
+        command.set_defaults(run=run)
+        return command
+
+    explanation = "one BERT layer with relative positions: ours, the plain formula, absolute positions under sdpa"
+    attention = add_command("attention", measure_attention, explanation, repeats=8)
+    attention.add_argument("--sizes", nargs="+", choices=ATTENTION_SHAPES, default=list(ATTENTION_SHAPES))
+    attention.add_argument("--lengths", nargs="+", help="length x batch size (those that the size is used with)")
+    attention.add_argument("--passes", nargs="+", choices=("forward", "train"), default=["forward", "train"])
+    attention.add_argument("--dropout", type=float, default=0.0, help="of the probabilities, in training (%(default)s)")
+
+    explanation = "features, post-processing and metric on text of SQuAD's shape: ours and in the way of run_qa.py"
+    data = add_command("data", measure_data, explanation, repeats=3)
+    data.add_argument(
+        "--questions", type=int, default=87_599, help="in training; evaluation shrinks alike (%(default)s)"
     )
-    parser.add_argument("--questions", type=int, help="in training; evaluation shrinks alike (SQuAD has 87599)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (%(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.set_defaults(run=measure_data)
 
+    explanation = "training steps on text of SQuAD's shape: padded to 384, padded to the batch, and ours"
+    training = add_command("training", measure_training, explanation, repeats=3)
+    training.add_argument("--size", choices=MODEL_SHAPES, default="base", help="shape of the BERT (%(default)s)")
+    training.add_argument("--questions", type=int, default=20_000, help="to train on (%(default)s)")
+    training.add_argument("--batch_size", type=int, default=12, help="windows in a batch (%(default)s)")
+    training.add_argument("--batches", type=int, default=8, help="batches in a round (%(default)s)")
 
-def measure_data(args: argparse.Namespace) -> list[dict]:
-    """A row for each part of the data path: medians in seconds, their ratio, and the peak memory of our whole path."""
-    import datasets
+    explanation = "contracts of 54,000 characters with 41 questions, in windows of 128 tokens: how time and memory grow"
+    scale = add_command("scale", measure_scale, explanation)
+    scale.add_argument("--contracts", type=int, nargs="+", default=[1, 4, 16], help="in each set (%(default)s)")
 
+    args = parser.parse_args()
     datasets.disable_progress_bars()
-    share = min(1.0, (args.questions or SQUAD_QUESTIONS["train"]) / SQUAD_QUESTIONS["train"])
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = write_squad_shaped_files(Path(folder), share)
-        (Path(folder) / "vocabulary.json").write_text(json.dumps(vocabulary))
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context) as executor:  # a process of its own: peak memory never falls again
-            peak = executor.submit(run_data_path, folder).result()
-        rows = list(time_data_path(folder, args.repeats))
-    print(f"peak memory of reading, features, post-processing and metric in one process: {peak / 1e9:.2f} GB")
-    return [row | {"peak_bytes": peak} for row in rows]
+    transformers.logging.set_verbosity_error()
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
+    rows = []
+    for row in args.run(args):
+        print_row(row, heads=not rows or rows[-1].keys() != row.keys())
+        rows.append(row)
+    if args.json:
+        write_json(args.json, rows)
 
 
-def open_squad_shaped(folder: str):
-    """(tokenizer, {split: examples}) of what `write_squad_shaped_files` has written."""
-    from transformers import BertTokenizer
-
-    from qa.read_squad import read_squad_file
-
-    vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
-    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
-    return tokenizer, {split: read_squad_file(Path(folder, f"{split}.json"), folder) for split in SQUAD_QUESTIONS}
-
-
-def run_data_path(folder: str) -> int:
-    """Reads, makes all features, post-processes and scores once; the process's peak memory in bytes."""
-    import resource
-
-    import datasets
-
-    from qa.train_questions import place_answers
-    from qa.windows import WindowSettings, make_features, make_train_features
-
-    datasets.disable_progress_bars()
-    tokenizer, examples = open_squad_shaped(folder)
-    make_train_features(place_answers(examples["train"], "train")[0], tokenizer, WindowSettings())
-    features = make_features(examples["validation"], tokenizer, WindowSettings())
-    our_scores(examples["validation"], our_answers(examples["validation"], features, make_logits(features), folder))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def print_row(row: dict, heads: bool) -> None:
+    """As a line of a table: times (_s) in seconds, memory (_mb) in whole megabytes."""
+    what, *values = row.items()
+    if heads:
+        print(f"{'':40}" + "".join(f"{key:>{max(10, len(key) + 2)}}" for key, _ in values))
+    line = f"{what[1]:<40}"
+    for key, value in values:
+        if isinstance(value, float):
+            value = f"{value:.0f}" if key.endswith("_mb") else f"{value:.3f}"
+        line += f"{value:>{max(10, len(key) + 2)}}"
+    print(line, flush=True)
 
 
-def time_data_path(folder: str, repeats: int):
-    import utils_qa  # noqa: F401, so that the first round does not pay for it
-    from qa.windows import WindowSettings, make_features, make_train_features
+# ---- Relative against absolute positions, one BERT layer ----
 
-    tokenizer, examples = open_squad_shaped(folder)
-    train, validation = examples.values()
-    windows = WindowSettings()
-    print(f"{len(train)} and {len(validation)} questions, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(f"{'':20}{'ours, s':>10}{'run_qa, s':>11}{'ratio':>8}{'cached, s':>11}{'tokenizer':>11}")
-    for what, ours, reference, split in (
-        ("train_features", make_train_features, run_qa_train_features, train),
-        ("eval_features", make_features, run_qa_features, validation),
-    ):
-        steps = {
-            "ours": functools.partial(ours, split, tokenizer, windows, overwrite_cache=True),
-            "reference": functools.partial(reference, split, tokenizer, windows),
-            "cached": functools.partial(ours, split, tokenizer, windows),
-            "tokenizer": functools.partial(
-                tokenize_alone, tokenizer, *(split.unique(c) for c in ("context", "question"))
-            ),
+
+def measure_attention(args: argparse.Namespace) -> Iterator[dict]:
+    """A row for each size, length, pass and position type: medians and peak memory."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    shapes = [(size, shape) for size in args.sizes for shape in args.lengths or ATTENTION_SHAPES[size][1]]
+    for (size, shape), kind, position_type in itertools.product(shapes, args.passes, RELATIVE_TYPES):
+        length, batch = map(int, shape.split("x"))
+        layers = make_layers(size, length, position_type, args.dropout)
+        hidden = torch.randn(batch, length, ATTENTION_SHAPES[size][0][0]).to(DEVICE, dtype)
+        hidden.requires_grad_(kind == "train")
+        steps = {who: make_step(layer.to(DEVICE, dtype), hidden, kind) for who, layer in layers.items()}
+        seconds = alternate(steps, args.repeats, untimed=1)
+        memory = {who: peak_of_tensors(step) / 1e6 for who, step in steps.items()}
+        yield {
+            "what": f"{position_type} {kind} {shape} {size}",
+            **{f"{who}_s": value for who, value in seconds.items()},
+            "ours/abs": seconds["ours"] / seconds["absolute"],
+            "ref/abs": seconds["reference"] / seconds["absolute"],
+            "ours/ref": seconds["ours"] / seconds["reference"],
+            **{f"{who}_mb": value for who, value in memory.items()},
+            # What relative positions add, as a share of what the reference adds.
+            "added": (memory["ours"] - memory["absolute"]) / max(1e-6, memory["reference"] - memory["absolute"]),
         }
-        yield data_row(what, alternate_calls(steps, repeats))
 
-    features = make_features(validation, tokenizer, windows)
-    run_qa_windows = run_qa_features(validation, tokenizer, windows)
-    logits, run_qa_logits = make_logits(features), make_logits(run_qa_windows)
-    steps = {
-        "ours": functools.partial(our_answers, validation, features, logits, folder),
-        "reference": functools.partial(run_qa_answers, validation, run_qa_windows, run_qa_logits, folder),
-    }
-    yield data_row("postprocess", alternate_calls(steps, repeats))
 
-    predictions = our_answers(validation, features, logits, folder)
-    scores, run_qa_scores = our_scores(validation, predictions), squad_evaluate_scores(validation, predictions.answers)
-    if any(abs(scores[key] - value) > 1e-9 for key, value in run_qa_scores.items()):
-        raise RuntimeError(f"ours {scores} and the reference {run_qa_scores} are not the same metric")
-    steps = {
-        "ours": functools.partial(our_scores, validation, predictions),
-        "reference": functools.partial(squad_evaluate_scores, validation, predictions.answers),
-    }
-    yield data_row("metric", alternate_calls(steps, repeats))
+def make_layers(size: str, length: int, position_type: str, dropout: float) -> dict[str, torch.nn.Module]:
+    """Ours, the reference, and for absolute positions that of transformers, with equal weights."""
+    hidden, heads, intermediate = ATTENTION_SHAPES[size][0]
+    config = BertConfig(
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        attention_probs_dropout_prob=dropout,
+        max_position_embeddings=max(512, length),
+        position_embedding_type=position_type,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    layers = {"ours": RelativeBertLayer(config), "absolute": BertLayer(config), "reference": RelativeBertLayer(config)}
+    layers["reference"].attention.self = ReferenceSelfAttention(config)
+    for layer in layers.values():
+        layer.load_state_dict(layers["ours"].state_dict(), strict=False)
+    return layers
+
+
+class ReferenceSelfAttention(RelativeBertSelfAttention):
+    """The formula as it reads, over a gathered (length, length, head size) tensor of distance embeddings."""
+
+    def forward(self, hidden_states, attention_mask=None):
+        batch, length, _ = hidden_states.shape
+        heads = (batch, length, self.num_attention_heads, self.attention_head_size)
+        query = self.query(hidden_states).view(heads).transpose(1, 2)  # (batch, heads, length, head size)
+        key = self.key(hidden_states).view(heads).transpose(1, 2)
+        value = self.value(hidden_states).view(heads).transpose(1, 2)
+        positions = torch.arange(length, device=query.device)
+        rows = positions[:, None] - positions + self.max_position_embeddings - 1
+        distances = self.distance_embedding(rows)  # (length, length, head size)
+        scores = query @ key.transpose(-1, -2) + torch.einsum("bhld,lrd->bhlr", query, distances)
+        if self.position_embedding_type == "relative_key_query":
+            scores = scores + torch.einsum("bhrd,lrd->bhlr", key, distances)
+        scores = scores / math.sqrt(self.attention_head_size)
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        probabilities = self.dropout(scores.softmax(-1))
+        return (probabilities @ value).transpose(1, 2).reshape(batch, length, -1), probabilities
+
+
+def make_step(layer, hidden, kind: str) -> Callable[[], None]:
+    """A call of no arguments: one forward pass without gradients, or forward and backward with dropout."""
+
+    def forward():
+        output = layer(hidden)  # (batch, length, hidden), or a tuple that begins with it
+        return output[0] if isinstance(output, tuple) else output
+
+    def train():
+        forward().sum().backward()
+        layer.zero_grad()
+        hidden.grad = None
+
+    layer.train(kind == "train")
+    return train if kind == "train" else torch.no_grad()(forward)
+
+
+# ---- Text to windows, logits to answers, answers to scores ----
+
+
+def measure_data(args: argparse.Namespace) -> Iterator[dict]:
+    """A row for each part of the data path, with medians and their ratio; and one of the whole path's memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_squad_shaped(folder, args.questions / SQUAD_QUESTIONS["train"])
+        yield {"what": "all of ours, once, in one process", **in_own_process(run_data_path, folder)}
+        tokenizer, windows = open_tokenizer(folder), WindowSettings()
+        train, validation = read(folder, "train"), read(folder, "validation")
+        for what, examples, reference in (
+            ("train_features", train, peer_run_qa.make_train_features),
+            ("eval_features", validation, peer_run_qa.make_features),
+        ):
+            texts = examples.unique("context"), examples.unique("question")
+            steps = {
+                "ours": functools.partial(make_features, examples, tokenizer, windows, overwrite_cache=True),
+                "run_qa": functools.partial(reference, examples, tokenizer, windows),
+                "cached": functools.partial(make_features, examples, tokenizer, windows),
+                "tokenizer": functools.partial(tokenize_alone, tokenizer, *texts),
+            }
+            yield data_row(f"{what} of {len(examples)} questions", alternate(steps, args.repeats))
+
+        features, peer_features = (
+            make(validation, tokenizer, windows) for make in (make_features, peer_run_qa.make_features)
+        )
+        logits, peer_logits = make_logits(features), make_logits(peer_features)
+        steps = {
+            "ours": functools.partial(our_answers, validation, features, logits, folder),
+            "run_qa": functools.partial(peer_run_qa.write_answers, validation, peer_features, peer_logits, folder),
+        }
+        yield data_row("postprocess", alternate(steps, args.repeats))
+
+        predictions = our_answers(validation, features, logits, folder)
+        steps = {
+            "ours": functools.partial(squad_scores, validation, predictions),
+            "run_qa": functools.partial(peer_run_qa.score, validation, predictions.answers),
+        }
+        scores, peer_scores = (step() for step in steps.values())
+        if any(abs(scores[key] - value) > 1e-9 for key, value in peer_scores.items()):
+            raise RuntimeError(f"ours {scores} and the reference {peer_scores} are not the same metric")
+        yield data_row("metric", alternate(steps, args.repeats))
+
+
+def data_row(what: str, seconds: dict[str, float]) -> dict:
+    times = {f"{key}_s": value for key, value in seconds.items()}
+    return {"what": what, "ratio": seconds["run_qa"] / seconds["ours"], **times}
+
+
+def run_data_path(folder: str) -> dict[str, float]:
+    """Reads, makes all features, post-processes and scores once; what that took."""
+    datasets.disable_progress_bars()
+
+    def run():
+        make_features(align_answers(read(folder, "train"), "train")[0], open_tokenizer(folder), WindowSettings())
+        validation = read(folder, "validation")
+        features = make_features(validation, open_tokenizer(folder), WindowSettings())
+        squad_scores(validation, our_answers(validation, features, make_logits(features), folder))
+
+    return measure(run)[1]
 
 
 def tokenize_alone(tokenizer, contexts: list[str], questions: list[str]) -> None:
     """The limit of our features: the distinct texts through the tokenizer, with the offsets of the contexts' tokens."""
-    for texts, encode in (
-        (contexts, tokenizer.backend_tokenizer.encode_batch),
-        (questions, tokenizer.backend_tokenizer.encode_batch_fast),
-    ):
+    backend = tokenizer.backend_tokenizer
+    for texts, encode in ((contexts, backend.encode_batch), (questions, backend.encode_batch_fast)):
         for first in range(0, len(texts), 1000):
             encode(texts[first : first + 1000], add_special_tokens=False)
 
 
-def alternate_calls(steps: dict, repeats: int) -> dict[str, float]:
-    """The median seconds of each call. One round makes each once, so that whatever else the machine does hits all."""
-    times = {key: [] for key in steps}
-    for _ in range(repeats):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(each) for key, each in times.items()}
+def make_logits(features) -> tuple[np.ndarray, np.ndarray]:
+    """(start, end), each float32 (num_windows, 384): noise, and a place in the window that the model likes."""
+    rng = np.random.default_rng(0)
+    place = rng.integers(20, 120, (len(features), 1))
+    distance = np.abs(np.arange(384) - place)
+    start, end = rng.standard_normal((2, len(features), 384), dtype=np.float32)
+    likes = 8 * np.exp(-distance / 4).astype(np.float32)
+    return start + likes, end + np.roll(likes, 2, axis=1)
 
 
-def data_row(what: str, seconds: dict[str, float]) -> dict:
-    row = {"what": what} | {f"{key}_s": value for key, value in seconds.items()}
-    row["ratio"] = row["reference_s"] / row["ours_s"]
-    more = ""
-    if "tokenizer_s" in row:
-        row["tokenizer_share"] = row["tokenizer_s"] / row["ours_s"]  # of our time, what the tokenizer alone takes
-        more = f"{row['cached_s']:11.2f}{row['tokenizer_share']:11.0%}"
-    print(f"{what:<20}{row['ours_s']:10.2f}{row['reference_s']:11.2f}{row['ratio']:8.1f}{more}", flush=True)
-    return row
+def our_answers(examples, features, logits, folder: str):
+
+    predictions = postprocess_qa_predictions(examples, features, logits, AnswerSettings())
+    write_predictions(predictions, folder, "ours")
+    return predictions
 
 
-def write_squad_shaped_files(folder: Path, share: float) -> list[str]:
-    """Writes train.json and validation.json with this share of SQuAD 1.1's questions; returns a WordPiece vocabulary.
+# ---- Training steps: what padding costs ----
+
+
+def measure_training(args: argparse.Namespace) -> Iterator[dict]:
+    """A row for each way of making batches: windows a second (median of the rounds) and the share of padding."""
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_squad_shaped(folder, args.questions / SQUAD_QUESTIONS["train"])
+        tokenizer = open_tokenizer(folder)
+        features, eval_features = (make_features(read(folder, s), tokenizer, WindowSettings()) for s in SQUAD_QUESTIONS)
+        lengths, eval_lengths = (np.asarray(rows["length"]) for rows in (features, eval_features))
+
+        def in_batches(order) -> list[np.ndarray]:
+            return [
+                np.asarray(order[first : first + args.batch_size]) for first in range(0, len(order), args.batch_size)
+            ]
+
+        shuffled = np.random.default_rng(0).permutation(len(lengths))
+        generator = torch.Generator().manual_seed(0)
+        grouped = list(LengthGroupedSampler(args.batch_size, lengths=lengths.tolist(), generator=generator))
+        to_batch = QADataCollator(tokenizer)
+        ways = {
+            "padded to 384": (QADataCollator(tokenizer, pad_to_max_length=384), in_batches(shuffled)),
+            "padded to the batch": (to_batch, in_batches(shuffled)),
+            "ours": (to_batch, in_batches(grouped)),  # as run_squad.py trains
+        }
+
+        hidden, layers, heads = MODEL_SHAPES[args.size]
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * hidden,
+        )
+        model = BertForQuestionAnswering(config).to(DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, fused=True)
+
+        def run_round(collate, batches: list[np.ndarray]) -> None:
+            # Evenly over the batches by their length, so that few stand for all.
+            by_length = sorted(batches, key=lambda batch: lengths[batch].max())
+            for place in (np.arange(args.batches) + 0.5) * len(by_length) / args.batches:
+                rows = [features[int(index)] for index in by_length[int(place)]]
+                inputs = {key: tensor.to(DEVICE) for key, tensor in collate(rows).items()}
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+                    loss = model(**inputs).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        steps = {way: functools.partial(run_round, *parts) for way, parts in ways.items()}
+        seconds = alternate(steps, args.repeats, untimed=1)
+
+    for way, (_, batches) in ways.items():
+        yield {
+            "what": f"{way}, BERT-{args.size}",
+            "windows/s": args.batches * args.batch_size / seconds[way],
+            "ratio": seconds["padded to 384"] / seconds[way],
+            "padding": padding_share(lengths, batches, 384 if way == "padded to 384" else None),
+        }
+    by_length = in_batches(np.argsort(-eval_lengths, kind="stable"))
+    yield {"what": "ours, evaluation", "padding": padding_share(eval_lengths, by_length, None)}
+
+
+def padding_share(lengths, batches: list, longest: int | None) -> float:
+    """The share of tokens that are padding where each batch is as wide as its longest window, or `longest`."""
+    tokens = sum(len(batch) * (longest or int(lengths[batch].max())) for batch in batches)
+    return 1 - int(lengths.sum()) / tokens
+
+
+# ---- Long documents and large sets ----
+
+
+def measure_scale(args: argparse.Namespace) -> Iterator[dict]:
+    """A row for each stage and size, and in the way of run_qa.py for the smallest: seconds, those of one core alone,
+    and peak memory. Each size, and the way of run_qa.py, has a process of its own.
+    """
+    for contracts in sorted(args.contracts):
+        with tempfile.TemporaryDirectory() as folder:
+            rng = np.random.default_rng(0)
+            draw = write_language(folder, rng)
+            lengths = np.full(contracts, CONTRACT_WORDS)
+            write_questions(folder, "contracts", rng, draw, lengths, contracts * CONTRACT_QUESTIONS, num_golds=1)
+            stages = in_own_process(answer_contracts, folder)
+            if contracts == min(args.contracts):
+                stages |= in_own_process(answer_contracts_as_run_qa, folder)
+        for what, measured in stages.items():
+            windows = measured.pop("windows")
+            rate = windows / measured["cpu_s"]
+            yield {"what": f"{what}, {contracts} contracts", "windows": windows, **measured, "windows/cpu_s": rate}
+
+
+def answer_contracts(folder: str) -> dict[str, dict]:
+    """What each stage takes: reading, features, evaluation, post-processing."""
+    tokenizer, windows = open_on_one_core(folder)
+    examples, reading = measure(lambda: read(folder, "contracts"))
+    features, making = measure(lambda: make_features(examples, tokenizer, windows))
+    trainer = QuestionAnsweringTrainer(
+        model=make_tiny_bert(len(tokenizer)),
+        args=QATrainingArguments(folder, per_device_eval_batch_size=SCALE_BATCH, disable_tqdm=True),
+        data_collator=QADataCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    (search, _), evaluation = measure(lambda: trainer.find_answers(features, examples, "eval"))
+    _, post_processing = measure(lambda: write_predictions(search.predictions(), folder, "eval"))
+    stages = {"reading": reading, "features": making, "evaluation": evaluation, "post-processing": post_processing}
+    return {what: {"windows": len(features), **measured} for what, measured in stages.items()}
+
+
+def answer_contracts_as_run_qa(folder: str) -> dict[str, dict]:
+    """All in the way of run_qa.py: windows, the Trainer's own evaluation, which keeps all logits, and answers."""
+    tokenizer, windows = open_on_one_core(folder)
+    examples = read(folder, "contracts")
+    windows = dataclasses.replace(windows, doc_stride=40)  # there the overlap, which makes about as many windows
+    features, making = measure(lambda: peer_run_qa.make_features(examples, tokenizer, windows))
+    arguments = {"per_device_eval_batch_size": SCALE_BATCH, "disable_tqdm": True, "report_to": "none"}
+    trainer = Trainer(
+        model=make_tiny_bert(len(tokenizer)),
+        args=TrainingArguments(folder, use_cpu=DEVICE == "cpu", **arguments),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    inputs = features.remove_columns(["example_id", "offset_mapping"])
+    output, evaluation = measure(lambda: trainer.predict(inputs))
+    _, answering = measure(lambda: peer_run_qa.write_answers(examples, features, output.predictions, folder))
+    stages = {"run_qa features": making, "run_qa evaluation": evaluation, "run_qa answers": answering}
+    return {what: {"windows": len(features), **measured} for what, measured in stages.items()}
+
+
+def open_on_one_core(folder: str) -> tuple:
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    tokenizer = open_tokenizer(folder)
+    tokenizer("a", "a")  # what it makes at its first call
+    return tokenizer, WindowSettings(128, 64)
+
+
+def make_tiny_bert(vocab_size: int):
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    return BertForQuestionAnswering(BertConfig(vocab_size=vocab_size, **shape))
+
+
+# ---- Text of SQuAD's shape ----
+
+
+def write_squad_shaped(folder: str, share: float) -> None:
+    """Writes train.json and validation.json with this share of SQuAD 1.1's questions, and vocabulary.json.
 
     Contexts have a lognormal number of words: 150 tokens in the mean, one in a hundred more than 384, as in SQuAD.
     """
-    import numpy as np
-
     rng = np.random.default_rng(0)
-    draw, vocabulary = make_language(rng)
-    for split, num_questions in SQUAD_QUESTIONS.items():
-        num_questions = max(1, round(num_questions * share))
+    draw = write_language(folder, rng)
+    for split, questions_of_split in SQUAD_QUESTIONS.items():
+        num_questions = max(1, round(questions_of_split * share))
         num_contexts = max(1, round(num_questions / QUESTIONS_PER_PARAGRAPH[split]))
-        contexts = draw(np.clip(rng.lognormal(4.63, 0.42, num_contexts), 20, 650).astype(int))
-        questions = draw(rng.integers(4, 15, num_questions))
-        more = rng.integers(0, num_contexts, num_questions - num_contexts)
-        of_context = np.sort(np.concatenate([np.arange(num_contexts), more]))
-        paragraphs = [{"context": " ".join(context), "qas": []} for context in contexts]
-        for number, (context, question) in enumerate(zip(of_context.tolist(), questions, strict=True)):
-            answers = []
-            for _ in range(GOLD_ANSWERS[split]):
-                first = int(rng.integers(len(contexts[context])))
-                text = " ".join(contexts[context][first : first + int(rng.geometric(0.35))])
-                start = len(" ".join([*contexts[context][:first], ""]))
-                answers.append({"text": text, "answer_start": start})
-            question = {"id": f"{split}-{number}", "question": " ".join(question) + "?", "answers": answers}
-            paragraphs[context]["qas"].append(question)
-        data = {"version": "1.1", "data": [{"title": "", "paragraphs": paragraphs}]}
-        (folder / f"{split}.json").write_text(json.dumps(data))
-    return vocabulary
+        lengths = np.clip(rng.lognormal(4.63, 0.42, num_contexts), 20, 650).astype(int)
+        write_questions(folder, split, rng, draw, lengths, num_questions, GOLD_ANSWERS[split])
 
 
-def make_language(rng):
-    """(draw, vocabulary): `draw(lengths)` gives a list of so many words each; and a WordPiece vocabulary for them.
+def write_questions(folder: str, name: str, rng, draw, lengths: np.ndarray, num_questions: int, num_golds: int) -> None:
+    """Writes `name`.json in SQuAD's layout: contexts of so many words each, and at least one question on each."""
+    contexts, questions = draw(lengths), draw(rng.integers(4, 15, num_questions))
+    more = rng.integers(0, len(contexts), num_questions - len(contexts))
+    of_context = np.sort(np.concatenate([np.arange(len(contexts)), more]))
+    paragraphs = [{"context": " ".join(context), "qas": []} for context in contexts]
+    for number, (context, question) in enumerate(zip(of_context.tolist(), questions, strict=True)):
+        words, answers = contexts[context], []
+        for _ in range(num_golds):
+            first = int(rng.integers(len(words)))
+            text = " ".join(words[first : first + int(rng.geometric(0.35))])
+            answers.append({"text": text, "answer_start": len(" ".join([*words[:first], ""]))})
+        question = {"id": f"{name}-{number}", "question": " ".join(question) + "?", "answers": answers}
+        paragraphs[context]["qas"].append(question)
+    data = {"version": "1.1", "data": [{"title": "", "paragraphs": paragraphs}]}
+    Path(folder, f"{name}.json").write_text(json.dumps(data))
+
+
+def write_language(folder: str, rng) -> Callable[[np.ndarray], list[list[str]]]:
+    """Writes vocabulary.json, of WordPiece; returns a function from lengths to lists of so many words.
 
     Words are syllables with Zipf's frequencies; the frequent ones are one token, the rare ones several.
     """
-    import numpy as np
-
     onsets, vowels, codas = "b br c d f g gr h k l m n p pr r s st t tr v w".split(), "aeiou", ["", "n", "r", "s"]
     syllables = np.array([onset + vowel + coda for onset in onsets for vowel in vowels for coda in codas])
     sizes = np.minimum(1 + rng.poisson(np.linspace(0.6, 2.4, 90_000)), 5)
@@ -443,499 +508,88 @@ def make_language(rng):
     characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     pieces = [f"##{piece}" for piece in [*characters, *syllables.tolist()]]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = list(dict.fromkeys([*special, *characters, *pieces, *words[:28_000].tolist(), *syllables.tolist()]))
-    return draw, vocabulary
+    vocabulary = dict.fromkeys([*special, *characters, *pieces, *words[:28_000].tolist(), *syllables.tolist()])
+    write_json(Path(folder, "vocabulary.json"), list(vocabulary))
+    return draw
 
 
-def make_logits(features):
-    """(start, end), each float32 (num_windows, 384): noise, and a place in the window that the model likes."""
-    import numpy as np
+def open_tokenizer(folder: str):
 
-    rng = np.random.default_rng(0)
-    positions = np.arange(384)
-    place = rng.integers(20, 120, (len(features), 1))
-    logits = []
-    for shift in (0, 2):
-        logit = rng.standard_normal((len(features), 384), dtype=np.float32)
-        logits.append((logit + 8 * np.exp(-np.abs(positions - place - shift) / 4)).astype(np.float32))
-    return tuple(logits)
+    vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
+    return BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
 
 
-def our_answers(examples, features, logits, folder: str):
-    from utils_qa import postprocess_qa_predictions, write_predictions
+def read(folder: str, name: str):
 
-    predictions = postprocess_qa_predictions(examples, features, logits)
-    write_predictions(predictions, folder, "ours")
-    return predictions
+    return read_squad_file(str(Path(folder, f"{name}.json")), folder)
 
 
-def our_scores(examples, predictions) -> dict[str, float]:
-    from utils_qa import squad_scores
-
-    return squad_scores(examples, predictions)
+# ---- Time and memory ----
 
 
-def run_qa_tokenize(batch, tokenizer, windows):
-    return tokenizer(
-        [question.lstrip() for question in batch["question"]],
-        batch["context"],
-        truncation="only_second",
-        max_length=windows.max_seq_length,
-        stride=windows.doc_stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        padding="max_length",
-    )
+def alternate(steps: dict[str, Callable], repeats: int, untimed: int = 0) -> dict[str, float]:
+    """The median seconds of each step. One round calls each once, so that whatever else the machine does hits all."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = {key: [] for key in steps}
+    for _ in range(untimed + repeats):
+        for key, step in steps.items():
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(each[untimed:]) for key, each in times.items()}
 
 
-def run_qa_train_features(examples, tokenizer, windows):
-    """Training features in the way of run_qa.py: every pair tokenized, then loops over its tokens."""
-
-    def prepare(batch):
-        encoded = run_qa_tokenize(batch, tokenizer, windows)
-        sample = encoded.pop("overflow_to_sample_mapping")
-        starts, ends = [], []
-        for i, offsets in enumerate(encoded.pop("offset_mapping")):
-            no_answer = encoded["input_ids"][i].index(tokenizer.cls_token_id)
-            sequence = encoded.sequence_ids(i)
-            answers = batch["answers"][sample[i]]
-            if len(answers["answer_start"]) == 0:
-                starts.append(no_answer)
-                ends.append(no_answer)
-                continue
-            start_char = answers["answer_start"][0]
-            end_char = start_char + len(answers["text"][0])
-            first, last = 0, len(sequence) - 1
-            while sequence[first] != 1:
-                first += 1
-            while sequence[last] != 1:
-                last -= 1
-            if offsets[first][0] > start_char or offsets[last][1] < end_char:
-                starts.append(no_answer)
-                ends.append(no_answer)
-                continue
-            while first < len(offsets) and offsets[first][0] <= start_char:
-                first += 1
-            while offsets[last][1] >= end_char:
-                last -= 1
-            starts.append(first - 1)
-            ends.append(last + 1)
-        encoded["start_positions"], encoded["end_positions"] = starts, ends
-        return encoded
-
-    return examples.map(prepare, batched=True, remove_columns=examples.column_names, load_from_cache_file=False)
-
-
-def run_qa_features(examples, tokenizer, windows):
-    """Evaluation features in the way of run_qa.py: the id and the offsets of the context's tokens are kept."""
-
-    def prepare(batch):
-        encoded = run_qa_tokenize(batch, tokenizer, windows)
-        sample = encoded.pop("overflow_to_sample_mapping")
-        encoded["example_id"] = [batch["id"][i] for i in sample]
-        for i, offsets in enumerate(encoded["offset_mapping"]):
-            sequence = encoded.sequence_ids(i)
-            encoded["offset_mapping"][i] = [span if sequence[k] == 1 else None for k, span in enumerate(offsets)]
-        return encoded
-
-    return examples.map(prepare, batched=True, remove_columns=examples.column_names, load_from_cache_file=False)
-
-
-def run_qa_answers(examples, features, logits, folder: str, n_best_size: int = 20, max_answer_length: int = 30) -> None:
-    """Answers in the way of run_qa.py: every pair of a likely start and a likely end in a Python loop."""
-    import numpy as np
-
-    windows_of = defaultdict(list)
-    for i, id_ in enumerate(features["example_id"]):
-        windows_of[id_].append(i)
-    answers, n_best_answers = {}, {}
-    for example in examples:
-        spans = []
-        for i in windows_of[example["id"]]:
-            start_logits, end_logits = logits[0][i], logits[1][i]
-            offsets = features[i]["offset_mapping"]
-            starts = np.argsort(start_logits)[-1 : -n_best_size - 1 : -1].tolist()
-            ends = np.argsort(end_logits)[-1 : -n_best_size - 1 : -1].tolist()
-            for start in starts:
-                for end in ends:
-                    if start >= len(offsets) or end >= len(offsets) or not offsets[start] or not offsets[end]:
-                        continue
-                    if end < start or end - start + 1 > max_answer_length:
-                        continue
-                    span = {
-                        "offsets": (offsets[start][0], offsets[end][1]),
-                        "score": start_logits[start] + end_logits[end],
-                        "start_logit": start_logits[start],
-                        "end_logit": end_logits[end],
-                    }
-                    spans.append(span)
-        best = sorted(spans, key=lambda span: span["score"], reverse=True)[:n_best_size]
-        for span in best:
-            start, end = span.pop("offsets")
-            span["text"] = example["context"][start:end]
-        if not best:
-            best = [{"text": "empty", "start_logit": 0.0, "end_logit": 0.0, "score": 0.0}]
-        scores = np.array([span.pop("score") for span in best])
-        exponentials = np.exp(scores - scores.max())
-        for probability, span in zip(exponentials / exponentials.sum(), best, strict=True):
-            span["probability"] = probability
-        answers[example["id"]] = best[0]["text"]
-        n_best_answers[example["id"]] = [
-            {key: value if isinstance(value, str) else float(value) for key, value in span.items()} for span in best
-        ]
-    for name, value in (("predictions", answers), ("nbest_predictions", n_best_answers)):
-        Path(folder, f"reference_{name}.json").write_text(json.dumps(value, indent=4) + "\n")
-
-
-def squad_evaluate_scores(examples, answers: dict[str, str]) -> dict[str, float]:
-    """The official metric of version 1 in plain Python, question by question."""
-
-    def normalize(text: str) -> str:
-        text = "".join(character for character in text.lower() if character not in set(string.punctuation))
-        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-    def f1(gold: str, answer: str) -> float:
-        gold_words, answer_words = normalize(gold).split(), normalize(answer).split()
-        common = sum((Counter(gold_words) & Counter(answer_words)).values())
-        if not gold_words or not answer_words:
-            return float(gold_words == answer_words)
-        if common == 0:
-            return 0.0
-        precision, recall = common / len(answer_words), common / len(gold_words)
-        return 2 * precision * recall / (precision + recall)
-
-    exact_scores, f1_scores = [], []
-    for example in examples:
-        golds = [text for text in example["answers"]["text"] if normalize(text)] or [""]
-        answer = answers[example["id"]]
-        exact_scores.append(max(int(normalize(gold) == normalize(answer)) for gold in golds))
-        f1_scores.append(max(f1(gold, answer) for gold in golds))
-    total = len(examples)
-    return {"exact": 100 * sum(exact_scores) / total, "f1": 100 * sum(f1_scores) / total, "total": total}
-
-
-# Training steps: what padding costs
-
-
-def add_training_command(commands) -> None:
-    parser = commands.add_parser(
-        "training", help="training steps on text of SQuAD's shape: padded to 384, padded to the batch, and ours"
-    )
-    parser.add_argument("--size", choices=MODEL_SHAPES, default="base", help="shape of the BERT (%(default)s)")
-    parser.add_argument("--questions", type=int, default=20_000, help="to train on (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=12, help="windows in a batch (%(default)s)")
-    parser.add_argument("--batches", type=int, default=8, help="batches in a round (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (%(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.set_defaults(run=measure_training)
-
-
-# size -> (hidden size, layers, heads)
-MODEL_SHAPES = {"mini": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 24, 16)}
-
-
-def measure_training(args: argparse.Namespace) -> list[dict]:
-    """A row for each way of making batches: windows a second (median of the rounds) and the share of padding."""
-    import datasets
-    import numpy as np
-    import torch
-    from transformers import BertConfig, BertForQuestionAnswering
-
-    from qa.windows import QADataCollator, WindowSettings, make_features, make_train_features
-
-    datasets.disable_progress_bars()
+def peak_of_tensors(step: Callable) -> int:
+    """The most bytes of tensors at one time during `step`, above what there was before."""
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
     with tempfile.TemporaryDirectory() as folder:
-        vocabulary = write_squad_shaped_files(Path(folder), args.questions / SQUAD_QUESTIONS["train"])
-        Path(folder, "vocabulary.json").write_text(json.dumps(vocabulary))
-        tokenizer, examples = open_squad_shaped(folder)
-        features = make_train_features(examples["train"], tokenizer, WindowSettings())
-        eval_features = make_features(examples["validation"], tokenizer, WindowSettings())
-        lengths, eval_lengths = np.asarray(features["length"]), np.asarray(eval_features["length"])
-
-        shuffled = np.random.default_rng(0).permutation(len(lengths))
-        batches = {
-            "padded to 384": in_batches(shuffled, args.batch_size),
-            "padded to the batch": in_batches(shuffled, args.batch_size),
-            "ours": in_batches(training_order(features, args.batch_size), args.batch_size),
-        }
-        collators = {name: QADataCollator(tokenizer) for name in batches}
-        collators["padded to 384"] = QADataCollator(tokenizer, pad_to_max_length=384)
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        hidden, layers, heads = MODEL_SHAPES[args.size]
-        torch.manual_seed(0)
-        model = BertForQuestionAnswering(
-            BertConfig(
-                vocab_size=len(vocabulary),
-                hidden_size=hidden,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                intermediate_size=4 * hidden,
-            )
-        ).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, fused=True)
-
-        def run_round(way: str) -> None:
-            # Evenly over the batches by their length, so that few stand for all.
-            by_length = sorted(batches[way], key=lambda batch: lengths[batch].max())
-            for place in (np.arange(args.batches) + 0.5) * len(by_length) / args.batches:
-                rows = [features[int(index)] for index in by_length[int(place)]]
-                inputs = {key: tensor.to(device) for key, tensor in collators[way](rows).items()}
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss = model(**inputs).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        for way in batches:
-            run_round(way)
-        seconds = alternate_calls({way: functools.partial(run_round, way) for way in batches}, args.repeats)
-
-    print(f"{name}, BERT-{args.size}, batches of {args.batch_size}, {len(lengths)} windows")
-    print(f"{'':22}{'windows/s':>10}{'ratio':>8}{'padding':>9}")
-    rows = []
-    for way, spent in seconds.items():
-        longest = 384 if way == "padded to 384" else None
-        row = {"what": way, "size": args.size, "device": name, "seconds": spent}
-        row["windows_per_second"] = args.batches * args.batch_size / spent
-        row["ratio"] = seconds["padded to 384"] / spent
-        row["padding"] = padding_share(lengths, batches[way], longest)
-        rows.append(row)
-        print(f"{way:<22}{row['windows_per_second']:10.2f}{row['ratio']:8.2f}{row['padding']:9.1%}")
-    by_length = in_batches(np.argsort(-eval_lengths, kind="stable"), args.batch_size)
-    rows.append({"what": "ours, evaluation", "padding": padding_share(eval_lengths, by_length, None)})
-    print(f"{'ours, evaluation':<22}{'':18}{rows[-1]['padding']:9.1%}")
-    return rows
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return max(0, *np.cumsum([event["args"]["Bytes"] for event in events]).tolist())
 
 
-def training_order(features, batch_size: int) -> list[int]:
-    """The order of an epoch's windows as run_squad.py trains on them."""
-    import torch
-    from transformers.trainer_pt_utils import LengthGroupedSampler
+def measure(call: Callable) -> tuple[object, dict[str, float]]:
+    """(what `call` returns, its seconds, those of the processor alone, and the process's peak memory in bytes).
 
-    generator = torch.Generator().manual_seed(0)
-    return list(LengthGroupedSampler(batch_size, lengths=features["length"], generator=generator))
-
-
-def in_batches(order, batch_size: int) -> list:
-    import numpy as np
-
-    return [np.asarray(order[first : first + batch_size]) for first in range(0, len(order), batch_size)]
-
-
-def padding_share(lengths, batches: list, longest: int | None) -> float:
-    """The share of tokens that are padding where each batch is as wide as its longest window, or `longest`."""
-    tokens = sum(len(batch) * (longest or int(lengths[batch].max())) for batch in batches)
-    return 1 - int(lengths.sum()) / tokens
-
-
-# Long documents and large sets
-
-
-CONTRACT_CHARACTERS, CONTRACT_QUESTIONS = 54_000, 41  # as in CUAD
-SCALE_BATCH = 32
-
-
-def add_scale_command(commands) -> None:
-    parser = commands.add_parser(
-        "scale",
-        help="contracts of 54,000 characters with 41 questions, in windows of 128 tokens: how time and memory grow",
-    )
-    parser.add_argument("--contracts", type=int, nargs="+", default=[1, 4, 16], help="in each set (%(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.set_defaults(run=measure_scale)
-
-
-def measure_scale(args: argparse.Namespace) -> list[dict]:
-    """A row for each stage and size, and in the way of run_qa.py for the smallest: seconds and peak memory in bytes.
-
-    Reading, features, and evaluation with post-processing have a process of their own each.
+    Memory is of two kinds: what is no file's (peak), and the mapped pages of files, which the kernel takes back when it
+    needs room. Read from Linux's /proc.
     """
-    print(f"one core, Python {platform.python_version()}")
-    print(
-        f"{'':17}{'contracts':>10}{'windows':>9}{'seconds':>9}{'of CPU':>8}{'a CPU second':>14}{'peak MB':>9}"
-        f"{'mapped MB':>11}"
-    )
-    rows = []
-    for contracts in sorted(args.contracts):
-        with tempfile.TemporaryDirectory() as folder:
-            write_contracts(Path(folder), contracts)
-            stages = [read_contracts, make_contract_windows, answer_contracts]
-            if contracts == min(args.contracts):
-                stages.append(answer_contracts_as_run_qa)
-            for stage in stages:
-                context = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(1, context) as executor:
-                    measured = executor.submit(stage, folder).result()
-                for row in measured:
-                    rows.append({"contracts": contracts} | row)
-                    print_scale_row(rows[-1])
-    return rows
+    peaks, done = {"peak_mb": 0, "mapped_mb": 0}, threading.Event()
 
-
-def print_scale_row(row: dict) -> None:
-    windows, seconds = row["windows"] or "", row["seconds"]
-    rate = f"{row['windows'] / row['cpu_seconds']:14.0f}" if row["windows"] else f"{'':14}"
-    print(
-        f"{row['what']:<17}{row['contracts']:10}{windows:>9}{seconds:9.2f}{row['cpu_seconds']:8.2f}{rate}"
-        f"{row['peak_bytes'] / 1e6:9.0f}{row['mapped_bytes'] / 1e6:11.0f}",
-        flush=True,
-    )
-
-
-def write_contracts(folder: Path, contracts: int) -> None:
-    """Writes contracts.json, in SQuAD's layout, and vocabulary.json."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    draw, vocabulary = make_language(rng)
-    texts = draw(np.full(contracts, CONTRACT_CHARACTERS // 5))
-    questions = [" ".join(words) + "?" for words in draw(rng.integers(8, 20, CONTRACT_QUESTIONS))]
-    articles = []
-    for number, words in enumerate(texts):
-        context = " ".join(words)[:CONTRACT_CHARACTERS]
-        qas = []
-        for place, question in enumerate(questions):
-            start = int(rng.integers(len(context) - 100))
-            answer = {"text": context[start : start + 30], "answer_start": start}
-            qas.append({"id": f"{number}-{place}", "question": question, "answers": [answer]})
-        articles.append({"title": f"contract {number}", "paragraphs": [{"context": context, "qas": qas}]})
-    (folder / "contracts.json").write_text(json.dumps({"version": "1.1", "data": articles}))
-    (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
-
-
-class Measured:
-    """Seconds, those of the processor alone, and peak memory of a `with` block.
-
-    Memory is of two kinds: what is no file's, and the mapped pages of files, which the kernel takes back when it needs
-    room. Read from Linux's /proc.
-    """
-
-    def __enter__(self):
-        self.anonymous = self.mapped = 0
-        self._done = threading.Event()
-        self._watch = threading.Thread(target=self._look)
-        self._watch.start()
-        self._start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *failure):
-        self.seconds = time.perf_counter() - self._start[0]
-        self.cpu_seconds = time.process_time() - self._start[1]
-        self._done.set()
-        self._watch.join()
-
-    def _look(self) -> None:
+    def watch() -> None:
         last = False
         while not last:
-            last = self._done.wait(0.02)
+            last = done.wait(0.02)
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.anonymous = max(self.anonymous, 1024 * int(status["RssAnon"].split()[0]))
-            self.mapped = max(self.mapped, 1024 * int(status["RssFile"].split()[0]))
+            for key, name in (("peak_mb", "RssAnon"), ("mapped_mb", "RssFile")):
+                peaks[key] = max(peaks[key], 1024 * int(status[name].split()[0]) / 1e6)
 
-    def row(self, what: str, windows: int = 0) -> dict:
-        row = {"what": what, "windows": windows, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
-        return row | {"peak_bytes": self.anonymous, "mapped_bytes": self.mapped}
-
-
-def contract_stage(folder: str):
-    """(tokenizer, window settings, function that reads the questions)."""
-    import datasets
-    import torch
-    from transformers import BertTokenizer
-
-    from qa.read_squad import read_squad_file
-    from qa.windows import WindowSettings
-
-    datasets.disable_progress_bars()
-    torch.set_num_threads(1)
-    vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
-    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
-    tokenizer("a", "a")  # what it makes at its first call
-    return tokenizer, WindowSettings(128, 64), lambda: read_squad_file(Path(folder, "contracts.json"), folder)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    try:
+        result = call()
+        spent = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
+    finally:
+        done.set()
+        watcher.join()
+    return result, spent | peaks
 
 
-def read_contracts(folder: str) -> list[dict]:
-    *_, read = contract_stage(folder)
-    with Measured() as measured:
-        read()
-    return [measured.row("reading")]
-
-
-def make_contract_windows(folder: str) -> list[dict]:
-    from qa.windows import make_features
-
-    tokenizer, windows, read = contract_stage(folder)
-    examples = read()
-    with Measured() as measured:
-        features = make_features(examples, tokenizer, windows)
-    return [measured.row("features", len(features))]
-
-
-def answer_contracts(folder: str) -> list[dict]:
-    from qa.windows import QADataCollator, make_features
-    from run_squad import QATrainingArguments
-    from trainer_qa import QuestionAnsweringTrainer
-    from utils_qa import write_predictions
-
-    tokenizer, windows, read = contract_stage(folder)
-    examples = read()
-    features = make_features(examples, tokenizer, windows)
-    trainer = QuestionAnsweringTrainer(
-        model=make_tiny_bert(len(tokenizer)),
-        args=QATrainingArguments(folder, per_device_eval_batch_size=SCALE_BATCH, disable_tqdm=True),
-        data_collator=QADataCollator(tokenizer),
-        processing_class=tokenizer,
-    )
-    with Measured() as evaluation:
-        search, _ = trainer.find_answers(features, examples, "eval")
-    with Measured() as post_processing:
-        write_predictions(search.predictions(), folder, "eval")
-    return [evaluation.row("evaluation", len(features)), post_processing.row("post-processing", len(features))]
-
-
-def answer_contracts_as_run_qa(folder: str) -> list[dict]:
-    """All in the way of run_qa.py: windows, the Trainer's own evaluation, which keeps all logits, and answers."""
-    import numpy as np
-    import torch
-    import transformers
-    from transformers import Trainer, TrainingArguments, default_data_collator
-
-    transformers.logging.set_verbosity_error()
-    tokenizer, windows, read = contract_stage(folder)
-    examples = read()
-    windows = dataclasses.replace(windows, doc_stride=40)  # there the overlap, which makes about as many windows
-    with Measured() as making:
-        features = run_qa_features(examples, tokenizer, windows)
-    arguments = {"per_device_eval_batch_size": SCALE_BATCH, "disable_tqdm": True, "report_to": "none"}
-    arguments |= {"use_cpu": not torch.accelerator.is_available()}
-    trainer = Trainer(
-        model=make_tiny_bert(len(tokenizer)),
-        args=TrainingArguments(folder, **arguments),
-        data_collator=default_data_collator,
-        processing_class=tokenizer,
-    )
-    with Measured() as evaluation:
-        logits = trainer.predict(features.remove_columns(["example_id", "offset_mapping"])).predictions
-    with Measured() as post_processing:
-        run_qa_answers(examples, features, [np.asarray(part) for part in logits], folder)
-    stages = {"features": making, "evaluation": evaluation, "answers": post_processing}
-    return [measured.row(f"run_qa {what}", len(features)) for what, measured in stages.items()]
-
-
-def make_tiny_bert(vocab_size: int):
-    import torch
-    from transformers import BertConfig, BertForQuestionAnswering
-
-    torch.manual_seed(0)
-    return BertForQuestionAnswering(
-        BertConfig(
-            vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
-        )
-    )
+def in_own_process(function: Callable, *args):
+    """What it returns, from a new process, whose memory nothing else has grown."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *args).result()
 
 
 if __name__ == "__main__":

@@ -19,91 +19,68 @@ fi
 PYTHONPATH="$root/scripts:${PYTHONPATH:-}" python -c "import compare_positions" # is matplotlib there?
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+fail() {
+    echo "compare_positions.sh: error: $1" >&2
+    exit 2
+}
+
 window=48 # tokens; the models have positions for no more
 times="${TIMES-1 2 4 8 16}"
-lengths=()
 for factor in $times; do
-    if [[ ! $factor =~ ^[1-9][0-9]*$ ]]; then
-        echo "compare_positions.sh: error: TIMES holds $factor: give whole numbers from 1, such as \"1 2 4\"" >&2
-        exit 2
-    fi
-    lengths+=("$((factor * window))")
+    [[ $factor =~ ^[1-9][0-9]*$ ]] || fail "TIMES holds $factor: give whole numbers from 1, such as \"1 2 4\""
 done
 
 mkdir -p "$output_dir"
 budget="$(printf '%s ' "TRAIN_PARAGRAPHS=${TRAIN_PARAGRAPHS:-10000}" "max_position_embeddings=$window" "$@")"
-begun=("$output_dir"/seed-*/*/run_state.json)
-if [[ -f ${begun[0]} && $(cat "$output_dir/budget.txt") != "$budget" ]]; then
-    echo "compare_positions.sh: error: $output_dir holds a comparison with other flags: name another folder" >&2
-    exit 2
+trained=("$output_dir"/seed-*/*/eval_results.json)
+if [[ -f ${trained[0]} && $(cat "$output_dir/budget.txt") != "$budget" ]]; then
+    fail "$output_dir holds a comparison with other flags: name another folder"
 fi
 printf '%s\n' "$budget" >"$output_dir/budget.txt"
+
+# The scores of an evaluation are the last that it writes; --eval_strategy goes with flags such as early stopping's.
+run_squad() { # output_dir, flags
+    [[ -f $1/eval_results.json ]] || python "$root/run_squad.py" \
+        --per_device_eval_batch_size 64 --doc_stride 24 --eval_strategy steps --eval_steps 200 --save_strategy no \
+        --do_eval --output_dir "$@"
+}
 
 seeds="${SEEDS:-0 1 2}"
 for seed in $seeds; do
     toy_squad="$output_dir/seed-$seed/toy_squad_${TRAIN_PARAGRAPHS:-10000}"
-    needed=("${lengths[@]/#/$toy_squad/validation_}")
-    needed=("${needed[@]/%/.json}" "$toy_squad/relative_key_query/tokenizer_config.json") # the last file of it
-    if ! ls "${needed[@]}" &>/dev/null; then
-        python "$root/scripts/make_toy_squad.py" "$toy_squad" \
-            --seed "$seed" \
-            --train_paragraphs "${TRAIN_PARAGRAPHS:-10000}" \
-            --max_position_embeddings "$window" \
-            ${lengths:+--validation_lengths "${lengths[@]}"}
+    lengths="$(for factor in $times; do echo $((factor * window)); done)"
+    needed="relative_key_query/tokenizer_config.json $(for length in $lengths; do echo "validation_$length.json"; done)"
+    # shellcheck disable=SC2086
+    if ! (cd "$toy_squad" && ls $needed) &>/dev/null; then
+        python "$root/scripts/make_toy_squad.py" "$toy_squad" --seed "$seed" \
+            --train_paragraphs "${TRAIN_PARAGRAPHS:-10000}" --max_position_embeddings "$window" \
+            ${lengths:+--validation_lengths $lengths}
     fi
     for position_type in absolute relative_key relative_key_query; do
         run="$output_dir/seed-$seed/$position_type"
-        if ! grep -qs '"status": "finished"' "$run/run_state.json"; then
-            python "$root/run_squad.py" \
-                --model_name_or_path "$toy_squad/$position_type" \
-                --train_file "$toy_squad/train.json" \
-                --validation_file "$toy_squad/validation.json" \
-                --do_train \
-                --do_eval \
-                --num_train_epochs 1 \
-                --per_device_train_batch_size 32 \
-                --per_device_eval_batch_size 64 \
-                --learning_rate 7e-4 \
-                --warmup_steps 0.05 \
-                --lr_scheduler_type constant_with_warmup \
-                --adam_beta2 0.98 \
-                --train_sampling_strategy random \
-                --max_seq_length "$window" \
-                --doc_stride 24 \
-                --logging_steps 200 \
-                --eval_strategy steps \
-                --eval_steps 200 \
-                --save_strategy no \
-                --seed "$seed" \
-                --output_dir "$run" \
-                "$@"
-        fi
+        run_squad "$run" \
+            --model_name_or_path "$toy_squad/$position_type" \
+            --train_file "$toy_squad/train.json" \
+            --validation_file "$toy_squad/validation.json" \
+            --do_train \
+            --num_train_epochs 1 \
+            --per_device_train_batch_size 32 \
+            --learning_rate 7e-4 \
+            --warmup_steps 0.05 \
+            --lr_scheduler_type constant_with_warmup \
+            --adam_beta2 0.98 \
+            --train_sampling_strategy random \
+            --max_seq_length "$window" \
+            --logging_steps 200 \
+            --seed "$seed" \
+            "$@"
         for factor in $times; do
-            length=$((factor * window))
-            for way in "windows $window" "one_window $length"; do
-                read -r way max_seq_length <<<"$way"
-                if [[ $way == one_window && ($position_type == absolute || $factor == 1) ]]; then
-                    continue # more positions than there are; the same as windows
-                fi
-                asked="$run/texts_x$factor/$way"
-                if [[ -f $asked/eval_results.json ]]; then # its scores
-                    continue
-                fi
-                # The strategies are those of training, which some flags need.
-                python "$root/run_squad.py" \
-                    --per_device_eval_batch_size 64 \
-                    --eval_strategy steps \
-                    --eval_steps 200 \
-                    --save_strategy no \
-                    "$@" \
-                    --push_to_hub False \
-                    --model_name_or_path "$run" \
-                    --validation_file "$toy_squad/validation_$length.json" \
-                    --do_eval \
-                    --max_seq_length "$max_seq_length" \
-                    --doc_stride 24 \
-                    --output_dir "$asked"
-            done
+            asked=("$@" --push_to_hub False --model_name_or_path "$run"
+                --validation_file "$toy_squad/validation_$((factor * window)).json")
+            run_squad "$run/texts_x$factor/windows" "${asked[@]}" --max_seq_length "$window"
+            if [[ $factor != 1 && $position_type != absolute ]]; then # which has positions for one window only
+                run_squad "$run/texts_x$factor/one_window" "${asked[@]}" --max_seq_length $((factor * window))
+            fi
         done
     done
 done

@@ -3,29 +3,21 @@
 Usage: python scripts/make_toy_squad.py toy_squad [--seed 0]
 
 A paragraph tells the same two or three kinds of fact about several people, so that every answer has distractors of its
-own kind and only the question says which one is meant:
+own kind and only the question says which one is meant. Few names and short sentences let a model find that out soon.
 
     Clara married Ivan. Hugo studied law. Clara studied music. Hugo married Nina.
     What did Clara study?  ->  music
 
-A model that starts from nothing has to find out that the name in the question picks the sentence. It finds that out all
-at once, after a time of no progress; few names and short sentences keep that time short.
-
 The folder then holds
 
-    train.json, validation.json, test.json            official SQuAD 1.1 layout; the test file has no answers
+    train.json, validation.json, test.json            SQuAD 1.1; the test file has no answers
     train_v2.json, validation_v2.json, test_v2.json   the same paragraphs with questions without an answer added
+    validation_48.json, validation_96.json, ...       with --validation_lengths 48 96 ...: longer texts
     absolute/, relative_key/, relative_key_query/     an untrained tiny BERT of each position type, with tokenizer
 
-and with --validation_lengths 48 96 ...
-
-    validation_48.json, validation_96.json, ...       1.1; a text and its question fill a window of that length
-
-A longer text tells of more people, and more kinds of fact. Where it has told all six of all eight people, those that no
-question asks about go on: they visit further cities and buy further things. So every word stands where training knows
-it, each question has one answer, and the answer's text is nowhere else.
-
-No paragraph is in two splits. The same seed gives the same bytes.
+A longer text fills a window of that length with its question. It tells of more people, and more kinds of fact; each
+question has one answer, and the answer's text is nowhere else. No paragraph is in two splits. The same seed gives the
+same bytes.
 """
 
 import argparse
@@ -81,6 +73,81 @@ FACTS = {
 }
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train_paragraphs", type=at_least(1), default=10_000, help="about 7 questions each")
+    parser.add_argument(
+        "--validation_lengths",
+        type=at_least(SHORTEST_LENGTH),
+        nargs="+",
+        default=[],
+        metavar="TOKENS",
+        help="for each also a file of longer texts, which fill a window of so many tokens with their questions",
+    )
+    positions = "of the models (%(default)s): their longest window"
+    parser.add_argument("--max_position_embeddings", type=at_least(1), default=512, help=positions)
+    args = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()
+
+    splits = make_splits(random.Random(args.seed), {**HELD_OUT_PARAGRAPHS, "train": args.train_paragraphs})
+    tokenizer = train_tokenizer(splits["train"])
+    for length in args.validation_lengths:
+        rng, name = random.Random(f"{args.seed} {length}"), f"validation_{length}"
+        paragraphs = make_long_paragraphs(rng, length, tokenizer)
+        if not paragraphs:
+            parser.error(f"--train_paragraphs {args.train_paragraphs}: too few to learn whole words from")
+        splits[name] = make_articles(name, paragraphs)
+    for name, articles in splits.items():
+        write_text(args.output_dir / f"{name}.json", [json.dumps({"version": "toy", "data": articles})])
+    for position_embedding_type in POSITION_EMBEDDING_TYPES:
+        torch.manual_seed(args.seed)
+        model = untrained_model(position_embedding_type, len(tokenizer), args.max_position_embeddings)
+        model.save_pretrained(args.output_dir / position_embedding_type)
+        tokenizer.save_pretrained(args.output_dir / position_embedding_type)
+
+
+def at_least(lowest):
+    def number(text):
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is less than {lowest}")
+        return int(text)
+
+    return number
+
+
+# ---- Paragraphs ----
+
+
+def make_splits(rng, num_paragraphs):
+    """{file name without ending: articles} for the three splits in both versions; no context occurs twice."""
+    contexts, splits = set(), {}
+    for split, number in num_paragraphs.items():
+        version_1, version_2 = [], []
+        while len(version_1) < number:
+            paragraph, no_answer_qas = make_paragraph(rng, f"{split}-{len(version_1)}")
+            if paragraph["context"] not in contexts:
+                contexts.add(paragraph["context"])
+                version_1.append(paragraph)
+                answerable = [{**qa, "is_impossible": False} for qa in paragraph["qas"]]
+                version_2.append({"context": paragraph["context"], "qas": answerable + no_answer_qas})
+        splits[split] = make_articles(split, version_1)
+        splits[f"{split}_v2"] = make_articles(split, version_2)
+    return splits
+
+
+def make_articles(split, paragraphs):
+    """In SQuAD's layout; without answers where the split is the test's."""
+    if split == "test":
+        paragraphs = [
+            {**paragraph, "qas": [{"id": qa["id"], "question": qa["question"]} for qa in paragraph["qas"]]}
+            for paragraph in paragraphs
+        ]
+    parts = [paragraphs[i : i + PARAGRAPHS_PER_ARTICLE] for i in range(0, len(paragraphs), PARAGRAPHS_PER_ARTICLE)]
+    return [{"title": f"{split} {number}", "paragraphs": part} for number, part in enumerate(parts)]
+
+
 def make_paragraph(rng, paragraph_id):
     """A paragraph of the official layout, {"context", "qas"}, and a list of questions on it without an answer."""
     is_long = rng.random() < LONG_PARAGRAPHS
@@ -96,15 +163,10 @@ def make_paragraph(rng, paragraph_id):
 
     untold_kind = rng.choice([kind for kind in sorted(FACTS) if kind not in kinds])
     unanswerable = [(stranger, rng.choice(kinds)), (rng.choice(people), untold_kind)]
-    no_answer_qas = [
-        {
-            "id": f"{paragraph_id}-none-{number}",
-            "question": FACTS[kind][1].format(person=person),
-            "answers": [],
-            "is_impossible": True,
-        }
-        for number, (person, kind) in enumerate(unanswerable)
-    ]
+    no_answer_qas = []
+    for number, (person, kind) in enumerate(unanswerable):
+        qa = {"id": f"{paragraph_id}-none-{number}", "question": FACTS[kind][1].format(person=person)}
+        no_answer_qas.append({**qa, "answers": [], "is_impossible": True})
     return paragraph, no_answer_qas
 
 
@@ -123,10 +185,34 @@ def tell(facts, asked, paragraph_id):
     return {"context": context.rstrip(), "qas": qas}
 
 
+# ---- Longer texts ----
+
+
+def make_long_paragraphs(rng, length, tokenizer):
+    """Paragraphs that fill a window of `length` tokens with any of their questions; none where no facts fit in."""
+
+    def count_tokens(text):
+        return len(tokenizer.tokenize(text))
+
+    questions = [question.format(person=person) for _, question, _ in FACTS.values() for person in PEOPLE]
+    room = length - max(map(count_tokens, questions)) - tokenizer.num_special_tokens_to_add(pair=True)
+    paragraphs, asked = [], 0
+    while asked < QUESTIONS_PER_LENGTH:
+        paragraph = make_long_paragraph(rng, f"validation_{length}-{len(paragraphs)}", room, count_tokens)
+        if paragraph is None:
+            return []
+        if paragraph["qas"]:  # words in pieces may leave no room for what is asked
+            paragraphs.append(paragraph)
+            asked += len(paragraph["qas"])
+    return paragraphs
+
+
 def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
     """A paragraph of `num_tokens` tokens, or a few less, with one question on each kind of fact in it.
 
-    Raises ValueError where the vocabulary has so few whole words that one person's facts do not fit.
+    None where words are in so many pieces that they have no room for one person's facts.
+    Where all of the facts are told, those that no question asks about go on: people visit further cities and buy
+    further things. So every word stands where training knows it.
     """
 
     def tokens_of(person, kind, answer):
@@ -137,10 +223,7 @@ def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
     tokens_per_person = sum(tokens_of(PEOPLE[0], kind, FACTS[kind][2][0]) for kind in kinds)
     whole = min(num_tokens // tokens_per_person, len(PEOPLE))
     if whole < 1:
-        raise ValueError(
-            f"too few to learn whole words from; in pieces one person's facts are more than the {num_tokens} tokens "
-            "that --validation_lengths leaves"
-        )
+        return None
     people = rng.sample(PEOPLE, min(whole + 1, len(PEOPLE)))
     golds = {}
     for kind in kinds:
@@ -162,52 +245,7 @@ def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
     return tell(facts, {(*who, answer) for who, answer in asked.items()}, paragraph_id)
 
 
-def make_long_paragraphs(rng, length, tokenizer):
-    """Paragraphs that fill a window of `length` tokens with any of their questions."""
-
-    def count_tokens(text):
-        return len(tokenizer.tokenize(text))
-
-    longest_question = max(
-        count_tokens(question.format(person=person)) for _, question, _ in FACTS.values() for person in PEOPLE
-    )
-    room = length - longest_question - tokenizer.num_special_tokens_to_add(pair=True)
-    paragraphs, questions = [], 0
-    while questions < QUESTIONS_PER_LENGTH:
-        paragraph = make_long_paragraph(rng, f"validation_{length}-{len(paragraphs)}", room, count_tokens)
-        if paragraph["qas"]:  # words in pieces may leave no room for what is asked
-            paragraphs.append(paragraph)
-            questions += len(paragraph["qas"])
-    return paragraphs
-
-
-def make_splits(rng, num_paragraphs):
-    """{file name without ending: articles} for the three splits in both versions; no context occurs twice."""
-    seen_contexts = set()
-    splits = {}
-    for split, number in num_paragraphs.items():
-        version_1, version_2 = [], []
-        while len(version_1) < number:
-            paragraph, no_answer_qas = make_paragraph(rng, f"{split}-{len(version_1)}")
-            if paragraph["context"] in seen_contexts:
-                continue
-            seen_contexts.add(paragraph["context"])
-            version_1.append(paragraph)
-            answerable = [{**qa, "is_impossible": False} for qa in paragraph["qas"]]
-            version_2.append({"context": paragraph["context"], "qas": answerable + no_answer_qas})
-        splits[split] = make_articles(split, version_1)
-        splits[f"{split}_v2"] = make_articles(split, version_2)
-    return splits
-
-
-def make_articles(split, paragraphs):
-    if split == "test":
-        paragraphs = [
-            {**paragraph, "qas": [{"id": qa["id"], "question": qa["question"]} for qa in paragraph["qas"]]}
-            for paragraph in paragraphs
-        ]
-    parts = [paragraphs[i : i + PARAGRAPHS_PER_ARTICLE] for i in range(0, len(paragraphs), PARAGRAPHS_PER_ARTICLE)]
-    return [{"title": f"{split} {number}", "paragraphs": part} for number, part in enumerate(parts)]
+# ---- Tokenizer and models ----
 
 
 def train_tokenizer(articles):
@@ -247,55 +285,6 @@ def untrained_model(position_embedding_type, vocab_size, max_position_embeddings
         if "distance_embedding" in name:
             torch.nn.init.normal_(parameter)  # as large as the queries and keys, else distances hardly count at first
     return model
-
-
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def length_of_window(text):
-    if int(text) < SHORTEST_LENGTH:
-        raise argparse.ArgumentTypeError(f"{text} is less than {SHORTEST_LENGTH}")
-    return int(text)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train_paragraphs", type=positive, default=10_000, help="about 7 questions each")
-    parser.add_argument(
-        "--validation_lengths",
-        type=length_of_window,
-        nargs="+",
-        default=[],
-        metavar="TOKENS",
-        help="for each also a file of longer texts, which fill a window of so many tokens with their questions",
-    )
-    parser.add_argument(
-        "--max_position_embeddings", type=positive, default=512, help="of the models (512): their longest window"
-    )
-    arguments = parser.parse_args()
-    transformers.logging.disable_progress_bar()
-
-    splits = make_splits(random.Random(arguments.seed), {**HELD_OUT_PARAGRAPHS, "train": arguments.train_paragraphs})
-    tokenizer = train_tokenizer(splits["train"])
-    for length in arguments.validation_lengths:
-        rng, name = random.Random(f"{arguments.seed} {length}"), f"validation_{length}"
-        try:
-            splits[name] = make_articles(name, make_long_paragraphs(rng, length, tokenizer))
-        except ValueError as error:
-            parser.error(f"--train_paragraphs {arguments.train_paragraphs}: {error}")
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, articles in splits.items():
-        write_text(arguments.output_dir / f"{name}.json", [json.dumps({"version": "toy", "data": articles})])
-    for position_embedding_type in POSITION_EMBEDDING_TYPES:
-        torch.manual_seed(arguments.seed)
-        model = untrained_model(position_embedding_type, len(tokenizer), arguments.max_position_embeddings)
-        model.save_pretrained(arguments.output_dir / position_embedding_type)
-        tokenizer.save_pretrained(arguments.output_dir / position_embedding_type)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The report in a real browser, driven through chromedriver's WebDriver protocol: standard library only."""
 
-import base64
 import json
 import shutil
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from test_report import HOSTILE_TEXTS, write_hostile_run
 
 from scripts import report
 
-MISSING = [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} on this machine")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="no chromium, or no chromedriver, here"
+)
 
 CHROMIUM_FLAGS = """
     --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -31,7 +30,6 @@ class Browser:
     def __init__(self, port: int, profile: Path, metrics: dict | None):
         self.base = f"http://127.0.0.1:{port}"
         options = {"args": [*CHROMIUM_FLAGS, f"--user-data-dir={profile}", "--window-size=1280,900"]}
-        options["binary"] = shutil.which("chromium")
         if metrics:
             options["mobileEmulation"] = {"deviceMetrics": metrics}
         logs = {"browser": "ALL", "performance": "ALL"}
@@ -42,14 +40,8 @@ class Browser:
     def call(self, method: str, path: str, body: dict | None = None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return json.load(response)["value"]
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(error.read().decode()) from error
-
-    def open(self, path: Path) -> None:
-        self.call("POST", "/url", {"url": path.resolve().as_uri()})
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.load(response)["value"]
 
     def evaluate(self, expression: str):
         return self.call("POST", "/execute/sync", {"script": f"return ({expression})", "args": []})
@@ -57,52 +49,31 @@ class Browser:
     def log(self, kind: str) -> list[dict]:
         return self.call("POST", "/se/log", {"type": kind})
 
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("GET", "/screenshot")))
-
 
 @pytest.fixture(scope="module")
-def chromedriver(tmp_path_factory):
+def chromedriver():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("chromedriver") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen([shutil.which("chromedriver"), f"--port={port}"], stdout=output, stderr=output)
-    try:
-        for _ in range(300):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    process = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL)
+    for _ in range(300):
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
                 break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.1)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
+        time.sleep(0.1)
+    yield port
+    process.terminate()
+    process.wait()
 
 
-@pytest.fixture(params=["desk", "phone"])
-def browser(request, chromedriver, tmp_path):
-    session = Browser(chromedriver, tmp_path / "profile", PHONE if request.param == "phone" else None)
-    session.name = request.param
-    yield session
-    session.call("DELETE", "")
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "<b>my run"
-    write_hostile_run(folder)
-    report.main([str(folder)])
-    return folder / "report.html"
-
-
-def test_report_in_a_browser(browser, page, tmp_path):
-    browser.open(page)
-    width = browser.evaluate("window.innerWidth")
-    assert width == (390 if browser.name == "phone" else 1280)
+@pytest.mark.parametrize("width, metrics", [(1280, None), (390, PHONE)], ids=["desk", "phone"])
+def test_report_in_a_browser(width, metrics, chromedriver, tmp_path):
+    page = tmp_path / "<b>my run" / "report.html"
+    write_hostile_run(page.parent)
+    report.main([str(page.parent)])
+    browser = Browser(chromedriver, tmp_path / "profile", metrics)
+    browser.call("POST", "/url", {"url": page.as_uri()})
+    assert browser.evaluate("window.innerWidth") == width
     # Nothing sticks out sideways: the page as a whole, and each part of it.
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate(RIGHTMOST) <= width
@@ -111,8 +82,8 @@ def test_report_in_a_browser(browser, page, tmp_path):
     assert [entry for entry in browser.log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-    by_the_page = {request["request"]["url"] for request in sent if request["documentURL"] == page.resolve().as_uri()}
-    assert {url for url in by_the_page if not url.startswith("data:")} == {page.resolve().as_uri()}
+    by_the_page = {request["request"]["url"] for request in sent if request["documentURL"] == page.as_uri()}
+    assert {url for url in by_the_page if not url.startswith("data:")} == {page.as_uri()}
     assert browser.evaluate("document.scripts.length") == 0
 
     # The texts of the data stand there as text: no element of theirs, nothing run.
@@ -124,15 +95,14 @@ def test_report_in_a_browser(browser, page, tmp_path):
     assert browser.evaluate("document.title") == "<b>my run: where it fails"
 
     # Charts can be read: text of at least 10 pixels, none beyond its chart or over another one.
-    assert browser.evaluate("document.querySelectorAll('svg').length") == 8
+    assert browser.evaluate("document.querySelectorAll('svg').length") == 4
     assert browser.evaluate(SMALLEST_TEXT) >= 10
     assert browser.evaluate(TEXTS_OUTSIDE) == []
     assert browser.evaluate(TEXTS_OVERLAPPING) == []
-    browser.screenshot(tmp_path / "screen.png")
-    assert (tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
+    browser.call("DELETE", "")
 
 
-FOREIGN = "img, iframe, script, form, input, a, object, h1 ~ h1, .worst svg"  # none of ours
+FOREIGN = "img, iframe, script, form, input, a, object, h1 ~ h1, li svg"  # none of ours
 RIGHTMOST = "Math.max(...[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right))"
 SMALLEST_TEXT = """
     Math.min(...[...document.querySelectorAll('svg text')]

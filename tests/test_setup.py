@@ -35,44 +35,35 @@ def make_environment(folder: Path) -> None:
     (folder / "bin" / "activate").write_text(f'export VIRTUAL_ENV={folder} PATH={folder}/bin:"$PATH"')
 
 
-def source(place: Path, active: Path | None) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """setup.sh's end, and what it has asked pip for."""
+def source(place: Path, active: Path | None, *requirements: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """setup.sh's end, and what it has asked pip for, where these requirements are added."""
     environment = {"PATH": "/usr/bin:/bin", "PIP_LOG": str(place / "pip.log")}
     if active is not None:
         environment |= {"VIRTUAL_ENV": str(active), "PATH": f"{active}/bin:/usr/bin:/bin"}
-    command = "set -euo pipefail; source scripts/setup.sh requirements.txt"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=place / "repository", env=environment, capture_output=True, text=True
-    )
+    with open(place / "repository" / "requirements.txt", "a") as file:
+        file.writelines(f"{requirement}\n" for requirement in requirements)
+    command = ["bash", "-c", "set -euo pipefail; source scripts/setup.sh requirements.txt"]
+    done = subprocess.run(command, cwd=place / "repository", env=environment, capture_output=True, text=True)
     log = place / "pip.log"
     return done, log.read_text().splitlines() if log.exists() else []
 
 
 def test_an_active_environment_that_has_everything_is_left_alone(place):
     done, asked = source(place, place / "environment")
-    assert done.returncode == 0, done.stderr
-    assert asked == []
+    assert (done.returncode, asked) == (0, []), done.stderr
 
 
 def test_what_an_active_environment_lacks_is_installed_without_constraints(place):
-    with open(place / "repository" / "requirements.txt", "a") as file:
-        file.write("no-such-package>=1.5,<3\n")
-    done, asked = source(place, place / "environment")
-    assert done.returncode == 0, done.stderr
-    assert asked == ["install --quiet no-such-package<3,>=1.5"]
+    done, asked = source(place, place / "environment", "no-such-package>=1.5,<3")
+    assert (done.returncode, asked) == (0, ["install --quiet no-such-package<3,>=1.5"]), done.stderr
     assert "no-such-package<3,>=1.5" in done.stderr
 
 
 def test_a_version_that_does_not_fit_is_said_and_not_changed(place):
-    with open(place / "repository" / "requirements.txt", "a") as file:
-        file.write("no-such-package\npackaging>=9999\n")
-    done, asked = source(place, place / "environment")
-    assert done.returncode == 1
-    assert asked == []
-    assert re.fullmatch(
-        r"setup.sh: error: the active environment \S+ has packaging [\d.]+, but packaging>=9999 is needed: .+\n",
-        done.stderr,
-    )
+    done, asked = source(place, place / "environment", "no-such-package", "packaging>=9999")
+    assert (done.returncode, asked) == (1, [])
+    message = r"setup.sh: error: the active environment \S+ has packaging [\d.]+, but packaging>=9999 is needed: .+\n"
+    assert re.fullmatch(message, done.stderr)
 
 
 @pytest.mark.parametrize("active", [False, True])
