@@ -1,469 +1,303 @@
-"""Flags in: the spellings of transformers 4's question answering scripts, and one JSON file of flags, as today's argv.
+"""Flags: a command line, or one JSON file, as instances of the argument dataclasses.
 
-`OLD_FLAGS` gives every flag of transformers 4's run_squad.py, run_squad_trainer.py and run_qa.py, and of its
-TrainingArguments, that is no longer parsed (or no longer means the same) its fate. A flag that would change the
-numbers is translated or refused, never ignored.
+The old flags of transformers 4's run_squad.py, run_squad_trainer.py, run_qa.py and TrainingArguments are taken too:
+`OLD_FLAGS`, at the end, says what each is read as, why it is ignored, or what to use instead. A flag that would change
+the numbers is never ignored.
 """
 
 import argparse
+import dataclasses
 import difflib
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from qa.files import QAError
+from qa.files import QAError, one_line
 
-Given = Mapping[str, str | None]  # flag name -> its last value on this command line, None for a bare flag
+Flags = dict[str, list[str]]  # name, with underscores -> values; of a flag that is given twice, the last ones
 
 
-class Renamed(NamedTuple):
-    """The same value under a new name."""
+def parse_flags(dataclass_types: Iterable[type], argv: list[str], **settings: Any) -> tuple[tuple, list[str]]:
+    """An instance of each dataclass, and log lines about old flags, from a command line or the JSON file that it names.
 
-    new: str
-
-
-class Switch(NamedTuple):
-    """A boolean flag: the flags that stand for it when it is on and when it is off (none: that is the default)."""
-
-    on: str
-    off: str = ""
-
-
-class Values(NamedTuple):
-    """The flag stays, some of its values have new names; None: with that value the flag is left out."""
-
-    new: Mapping[str, str | None]
-
-
-class Derived(NamedTuple):
-    """What several flags or the value decide: `argv(value, given)`. An empty list has no effect because of
-    `otherwise`; None keeps the flag as it is. `bare` is the value of the flag without one."""
-
-    argv: Callable[[str, Given], list[str] | None]
-    otherwise: str = "is the default"
-    bare: str | None = None
-
-
-class Environment(NamedTuple):
-    """The value goes into an environment variable of this process."""
-
-    variable: str
-    note: str
-
-
-class Ignored(NamedTuple):
-    """Accepted without effect, because of `why`."""
-
-    why: str
-
-
-class Refused(NamedTuple):
-    """An error that says what to use instead; a value in `harmless` asks for nothing and is accepted."""
-
-    instead: str
-    harmless: tuple[str, ...] = ()
-
-
-Fate = Renamed | Switch | Values | Derived | Environment | Ignored | Refused
-
-
-def is_true(text: str | None) -> bool:
-    """Reads a boolean flag's value (None: the bare flag) as HfArgumentParser does; ValueError for anything else."""
-    if text is None or text.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise QAError(f"{text!r} is neither true nor false")
-
-
-def is_on(flag: str, given: Given) -> bool:
-    return flag in given and is_true(given[flag])
-
-
-def warmup_from_ratio(ratio: str, given: Given) -> list[str]:
-    """--warmup_steps takes a fraction below 1; steps above 0 always won over the ratio."""
-    if not 0 <= float(ratio) <= 1:
-        raise QAError(f"{ratio} does not lie between 0 and 1")
-    if float(given.get("warmup_steps") or 0) > 0:
-        return []
-    # 1 would mean one step; the largest number below it still rounds up to all of them.
-    return ["--warmup_steps", repr(math.nextafter(1, 0)) if float(ratio) == 1 else ratio]
-
-
-def warmup_steps_beside_ratio(steps: str, given: Given) -> list[str] | None:
-    return [] if "warmup_ratio" in given and float(steps) == 0 else None
-
-
-def no_logging_at_step_zero(steps: str, given: Given) -> list[str] | None:
-    return ["--logging_strategy", "no"] if float(steps) == 0 else None
-
-
-def train_file_in_data_dir(train_file: str, given: Given) -> list[str] | None:
-    return ["--train_file", os.path.join(given["data_dir"] or "", train_file)] if "data_dir" in given else None
-
-
-def validation_file_in_data_dir(predict_file: str, given: Given) -> list[str]:
-    return ["--validation_file", os.path.join(given.get("data_dir") or "", predict_file)]
-
-
-def files_of_data_dir(data_dir: str, given: Given) -> list[str]:
-    """The official file names, for those that are used and not named."""
-    if "dataset_name" in given:
-        raise QAError("--dataset_name is given too: keep one of them")
-    version = "v2.0" if is_on("version_2_with_negative", given) else "v1.1"
-    evaluates = (
-        is_on("do_eval", given)
-        or is_on("evaluate_during_training", given)
-        or given.get("eval_strategy", given.get("evaluation_strategy", "no")) != "no"
-    )
-    argv = []
-    if is_on("do_train", given) and "train_file" not in given:
-        argv += ["--train_file", os.path.join(data_dir, f"train-{version}.json")]
-    if evaluates and not {"predict_file", "validation_file"} & given.keys():
-        argv += ["--validation_file", os.path.join(data_dir, f"dev-{version}.json")]
-    return argv
-
-
-def token_from_auth_token(token: str, given: Given) -> list[str]:
-    try:
-        is_true(token)
-    except ValueError:
-        return ["--token", token]
-    return []
-
-
-def hub_model_id(name: str, given: Given) -> list[str]:
-    organization = given.get("push_to_hub_organization")
-    return ["--hub_model_id", f"{organization}/{name}" if organization else name]
-
-
-def hub_model_id_of_output_dir(organization: str, given: Given) -> list[str]:
-    if "push_to_hub_model_id" in given:
-        return []
-    output_dir = given.get("output_dir") or "trainer_output"
-    return ["--hub_model_id", f"{organization}/{os.path.basename(os.path.normpath(output_dir))}"]
-
-
-def optimizer_of_today(optim: str, given: Given) -> list[str] | None:
-    if optim == "adamw_hf":
-        raise QAError("adamw_hf is no longer there: use adamw_torch, which decays the weights before the step")
-    return ["--optim", "adamw_torch_fused"] if optim == "adamw_apex_fused" else None
-
-
-def size_based_wrap(min_num_params: str, given: Given) -> list[str]:
-    if int(min_num_params) == 0:
-        return []
-    config = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": int(min_num_params)}
-    return ["--fsdp_config", json.dumps(config)]
-
-
-def layer_class_wrap(layer_class: str, given: Given) -> list[str]:
-    return ["--fsdp_config", json.dumps({"transformer_layer_cls_to_wrap": [layer_class]})]
-
-
-def batches_of_accelerator(_: str, given: Given) -> list[str]:
-    config = {name: is_true(given[name]) for name in ("dispatch_batches", "split_batches") if name in given}
-    return ["--accelerator_config", json.dumps(config)]
-
-
-ONE_MIXED_PRECISION = "use --fp16 or --bf16: torch's own mixed precision is the only one"
-
-OLD_FLAGS: dict[str, Fate] = {
-    # run_squad.py and run_squad_trainer.py: data and model
-    "data_dir": Derived(files_of_data_dir, "the folder that the files named beside it lie in"),
-    "train_file": Derived(train_file_in_data_dir),
-    "predict_file": Derived(validation_file_in_data_dir),
-    "threads": Renamed("preprocessing_num_workers"),
-    "model_type": Ignored("the checkpoint's config.json names the model type"),
-    "config_name": Values({"": None}),
-    "tokenizer_name": Values({"": None}),
-    "cache_dir": Values({"": None}),
-    "do_lower_case": Ignored("the tokenizer's own setting holds"),
-    "use_fast": Ignored("the tokenizer is always a fast one"),
-    "lang_id": Refused("use a model without language ids, such as FacebookAI/xlm-roberta-base"),
-    "verbose_logging": Ignored("what is left out of the data is always logged; --log_level chooses the rest"),
-    # run_squad.py and run_squad_trainer.py: training and evaluation
-    "per_gpu_train_batch_size": Renamed("per_device_train_batch_size"),
-    "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size"),
-    "evaluate_during_training": Switch(on="--eval_strategy steps"),
-    "eval_all_checkpoints": Refused(
-        "use --eval_strategy steps while training, or --do_eval with --model_name_or_path OUTPUT_DIR/checkpoint-N",
-        harmless=("False",),
-    ),
-    "no_cuda": Switch(on="--use_cpu True"),
-    "fp16_opt_level": Refused("use --fp16 alone (it is what O1 was) or --bf16", harmless=("O1",)),
-    "server_ip": Refused("use python -m debugpy --listen HOST:PORT --wait-for-client run_squad.py", harmless=("",)),
-    "server_port": Refused("use python -m debugpy --listen HOST:PORT --wait-for-client run_squad.py", harmless=("",)),
-    "logging_steps": Derived(no_logging_at_step_zero),
-    # run_qa.py
-    "no_pad_to_max_length": Switch(on="--pad_to_max_length False", off="--pad_to_max_length True"),
-    "metric_for_best_model": Values({"exact_match": "exact", "eval_exact_match": "eval_exact"}),
-    "max_val_samples": Renamed("max_eval_samples"),
-    "max_test_samples": Renamed("max_predict_samples"),
-    "use_auth_token": Derived(token_from_auth_token, "the token of `hf auth login` is used", bare="True"),
-    # TrainingArguments: schedule, sampling and optimizer
-    "warmup_ratio": Derived(warmup_from_ratio, "--warmup_steps above 0 wins"),
-    "warmup_steps": Derived(warmup_steps_beside_ratio, "--warmup_ratio is given"),
-    "group_by_length": Switch(on="--train_sampling_strategy group_by_length", off="--train_sampling_strategy random"),
-    "adafactor": Switch(on="--optim adafactor"),
-    "optim": Derived(optimizer_of_today),
-    "past_index": Refused("use a model without a past state: none here keeps one", harmless=("-1",)),
-    # TrainingArguments: evaluation, saving, logging
-    "evaluation_strategy": Renamed("eval_strategy"),
-    "use_legacy_prediction_loop": Ignored("there is one evaluation loop"),
-    "jit_mode_eval": Ignored("the numbers are the same without tracing; --torch_compile is today's way to speed"),
-    "include_inputs_for_metrics": Switch(on="--include_for_metrics inputs"),
-    "include_tokens_per_second": Switch(on="--include_num_input_tokens_seen True"),
-    "save_safetensors": Refused("drop it: weights are always saved as model.safetensors", harmless=("True",)),
-    "no_save_safetensors": Refused("drop it: weights are always saved as model.safetensors", harmless=("False",)),
-    "logging_dir": Environment("TENSORBOARD_LOGGING_DIR", "--report_to tensorboard writes there"),
-    "ray_scope": Ignored("nothing here searches hyperparameters"),
-    # TrainingArguments: hub
-    "push_to_hub_model_id": Derived(hub_model_id),
-    "push_to_hub_organization": Derived(hub_model_id_of_output_dir, "is part of --hub_model_id"),
-    "push_to_hub_token": Renamed("hub_token"),
-    # TrainingArguments: devices and precision
-    "use_mps_device": Ignored("an mps device is used where there is one"),
-    "fp16_backend": Refused(ONE_MIXED_PRECISION, harmless=("auto", "amp")),
-    "half_precision_backend": Refused(ONE_MIXED_PRECISION, harmless=("auto", "cuda_amp", "cpu_amp")),
-    "torchdynamo": Renamed("torch_compile_backend"),
-    "use_ipex": Ignored("it only ever chose faster kernels, which torch has now"),
-    "tpu_num_cores": Ignored("the launcher decides"),
-    "debug": Values({"": None}),
-    "tpu_metrics_debug": Switch(on="--debug tpu_metrics_debug"),
-    "mp_parameters": Ignored("it was for SageMaker's launcher only"),
-    # TrainingArguments: many devices
-    "xpu_backend": Renamed("ddp_backend"),
-    "model_parallel": Refused("use torchrun with --fsdp", harmless=("False",)),
-    "sharded_ddp": Refused("use torchrun with --fsdp", harmless=("", "False")),
-    "fsdp_min_num_params": Derived(size_based_wrap),
-    "fsdp_transformer_layer_cls_to_wrap": Derived(layer_class_wrap),
-    "dispatch_batches": Derived(batches_of_accelerator, bare="True"),
-    "split_batches": Derived(batches_of_accelerator, bare="True"),
-}
-
-
-def drop_trailing_backslash(argv: list[str]) -> tuple[list[str], list[str]]:
-    r"""Drops what a shell hands over for a backslash that ends the command: nothing where a newline follows, else the
-    backslash itself (end of text), or the escaped character: " ", "\r", "\n". An empty string that is a flag's value
-    stays. Returns the rest and a log line for each."""
-    argv, lines = list(argv), []
-    while argv and argv[-1].strip() in ("", "\\"):
-        if argv[-1] == "" and len(argv) > 1 and argv[-2].startswith("--") and "=" not in argv[-2]:
-            break
-        dropped = argv.pop()
-        if dropped not in ("", "\\"):
-            lines.append(
-                f"dropped a trailing {dropped!r}, which a backslash made: flags on any further line did not arrive"
-            )
-    return argv, lines
-
-
-def split_flags(argv: list[str]) -> list[tuple[str, list[str], list[str]]]:
-    """Each flag's name (with underscores, "" for arguments before the first flag), values and tokens, in order."""
-    flags: list[tuple[str, list[str], list[str]]] = []
-    for token in argv:
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            flags.append((name.replace("-", "_"), [value] if equals else [], [token]))
-        else:
-            if not flags:
-                flags.append(("", [], []))
-            flags[-1][1].append(token)
-            flags[-1][2].append(token)
-    return flags
-
-
-def needed(value: str | None) -> str:
-    if value is None:
-        raise QAError("needs a value")
-    return value
-
-
-def new_flags(name: str, fate: Fate, value: str | None, given: Given) -> list[str] | None:
-    """The flags and values, in turn, that an old flag stands for; None: it stays as it is."""
-    match fate:
-        case Renamed(new):
-            return [f"--{new}", needed(value)]
-        case Switch(on, off):
-            return (on if is_true(value) else off).split()
-        case Values(new):
-            if value not in new:
-                return None
-            return [] if new[value] is None else [f"--{name}", new[value]]
-        case Derived(argv, _, bare):
-            return argv(needed(bare if value is None else value), given)
-
-
-def shown(name: str, value: str) -> str:
-    return "***" if name == "token" or name.endswith("_token") else value
-
-
-def refuse_contradictions(translated: list[tuple[str, str, str]], kept: Given) -> None:
-    """An old spelling beside another one of the same flag must say the same. `translated`: old name, flag, value."""
-    said = {f"--{name}": (f"--{name}", value) for name, value in kept.items()}
-    for name, flag, value in translated:
-        other, other_value = said.setdefault(flag, (f"--{name}", value))
-        same = other_value == value or (value == "True" and (other_value or "True").lower() == "true")
-        if not same and other != f"--{name}":
-            raise QAError(
-                f"--{name} means {flag} {shown(flag[2:], value)}, and {other} says otherwise: keep one of them"
-            )
-
-
-def translate_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Translates a command line of transformers 4's scripts.
-
-    Returns the argv for `make_parser` and one log line for each old flag that was used. `--logging_dir` also sets an
-    environment variable. Raises ValueError, in one line, for flags that are refused, for a value that an old flag
-    never took, and where an old and a new spelling contradict each other.
+    `settings` go to ArgumentParser. Raises QAError for flags that are unknown, no longer taken or contradict each
+    other, and for values that the parser or the dataclasses (such as transformers' TrainingArguments) do not accept.
     """
-    argv, lines = drop_trailing_backslash(argv)
-    flags = split_flags(argv)
-    given = {name: values[-1] if values else None for name, values, _ in flags}
-    kept, translated, refusals, environment = [], [], [], {}
-
-    for name, values, tokens in flags:
-        fate = OLD_FLAGS.get(name)
-        if fate is None:
-            kept.append((name, tokens))
-            continue
-        if len(values) > 1:
-            raise QAError(f"--{name}: takes one value, got {' '.join(values)!r}")
-        value = values[0] if values else None
-        old = f"old flag --{name}" + ("" if value is None else f" {shown(name, value)}")
-        match fate:
-            case Ignored(why):
-                lines.append(f"{old}: accepted without effect, {why}")
-            case Refused(instead, harmless):
-                if ("True" if value is None else value).lower() in (text.lower() for text in harmless):
-                    lines.append(f"{old}: accepted without effect, it asks for nothing")
-                else:
-                    refusals.append(f"--{name} is no longer taken: {instead}")
-            case Environment(variable, note):
-                environment[variable] = value or ""
-                lines.append(f"{old}: read as {variable}={value} in the environment, {note}")
-            case _:
-                try:
-                    new = new_flags(name, fate, value, given)
-                except ValueError as error:
-                    raise QAError(f"--{name}: {error}") from None
-                if new is None:
-                    kept.append((name, tokens))
-                    continue
-                pairs = list(zip(new[::2], new[1::2], strict=True))
-                translated += [(name, flag, text) for flag, text in pairs]
-                read_as = " ".join(f"{flag} {shown(flag[2:], text)}" for flag, text in pairs)
-                otherwise = fate.otherwise if isinstance(fate, Derived) else "is the default"
-                lines.append(f"{old}: read as {read_as}" if new else f"{old}: {otherwise}")
-
-    if refusals:
-        raise QAError("; ".join(refusals))
-    refuse_contradictions(translated, {name: given[name] for name, _ in kept})
-    os.environ.update(environment)
-    new_argv = [token for _, tokens in kept for token in tokens]
-    return new_argv + [f"{flag}={value}" for _, flag, value in translated], lines
-
-
-def refuse_duplicate_keys(path: str | os.PathLike, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise QAError(f"{path}: key {key!r} is there twice")
-    return dict(pairs)
-
-
-def flags_from_json(path: str | os.PathLike) -> list[str]:
-    """One JSON object of flags, old spellings included, as argv for `translate_flags`: true and false become values,
-    null and empty lists are left out, a list becomes several values and an object its JSON text.
-
-    Raises ValueError, in one line that names the file and the key, for anything else.
-    """
+    parser = make_parser(dataclass_types, **settings)
+    argv, notices = drop_trailing_backslash(argv)
+    file = argv[0] if len(argv) == 1 and argv[0].endswith(".json") else None
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            flags = json.load(file, object_pairs_hook=lambda pairs: refuse_duplicate_keys(path, pairs))
-    except OSError as error:
-        raise QAError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise QAError(f"{path}: is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise QAError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(flags, dict):
-        raise QAError(f"{path}: holds a {type(flags).__name__}, not one JSON object of flags")
-    argv = []
-    for key, value in flags.items():
-        if not re.fullmatch(r"[A-Za-z][\w-]*", key):
-            raise QAError(f"{path}: key {key!r} is not a flag's name without its leading dashes")
-        values = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and any(isinstance(item, list | dict) or item is None for item in value):
-            raise QAError(f"{path}: key {key!r} holds a list of something else than texts, numbers, true and false")
-        texts = [json.dumps(item) if isinstance(item, dict) else str(item) for item in values if item is not None]
-        if len(texts) == 1:
-            argv.append(f"--{key}={texts[0]}")  # one token, so that a value may begin with a dash
-        elif texts:
-            argv += [f"--{key}", *texts]
-    return argv
+        flags = split_flags(argv) if file is None else flags_from_json(file)
+        flags, translations = translate_flags(flags)
+        refuse_unknown_flags(flags, parser.dataclass_types)
+        instances = parser.parse_args_into_dataclasses(join_flags(flags), look_for_args_file=False)
+    except (ValueError, ImportError, OSError) as error:
+        raise QAError(one_line(error) if file is None else f"{file}: {one_line(error)}") from error
+    return instances, notices + translations
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Each flag under one of its spellings, and its default where that says something."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == 0:
-            return super()._format_action_invocation(action)
-        if action.nargs == "?":  # booleans take a value but need none
-            return action.option_strings[0]
-        value = f"{{{','.join(action.choices)}}}" if action.choices else "VALUE"
-        return f"{action.option_strings[0]} {value}"
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        says_nothing = action.default is None or action.default is False or action.default in ("", [])
-        return action.help if action.nargs == 0 or says_nothing else f"{action.help} (default: %(default)s)"
-
-
-def make_parser(dataclass_types: Iterable[type], first: Iterable[str] = (), **settings: Any) -> HfArgumentParser:
-    """HfArgumentParser for `translate_flags`: no abbreviations, so that a misspelt or an old flag is never taken for
-    another one; several trackers in --report_to; one-line ValueErrors instead of a page of usage and an exit.
-    The help shows the fields named in `first` before all others; `settings` go to ArgumentParser."""
+def make_parser(dataclass_types: Iterable[type], **settings: Any) -> HfArgumentParser:
+    """HfArgumentParser without abbreviations, so that a misspelt or an old flag is never taken for another one, with
+    several values for --report_to, and with QAError for its errors."""
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False, formatter_class=HelpFormatter, **settings)
-    actions = {action.dest: action for action in parser._actions}
-    if "report_to" in actions:
-        actions["report_to"].nargs = "+"
-    groups = parser._action_groups
-    what_to_do = parser.add_argument_group("what to do")
-    for name in first:
-        (group,) = (group for group in groups if actions[name] in group._group_actions)
-        group._group_actions.remove(actions[name])
-        what_to_do._group_actions.append(actions[name])
-    groups.insert(0, groups.pop())
-
-    def raise_one_line(message: str) -> None:
-        raise QAError(message)
-
-    parser.error = raise_one_line
+    parser.error = raise_error
+    for action in parser._actions:
+        if action.dest == "report_to":
+            action.nargs = "+"
     return parser
 
 
-def refuse_unknown_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Raises ValueError, in one line, for flags in `argv` (as `translate_flags` returns it) that the parser does not
-    know: each with the nearest spelling among those that it knows and the old flags that are still taken.
+def raise_error(message: str) -> NoReturn:
+    raise QAError(message)
 
-    To be asked before the parser, which would first complain of what is missing because it was misspelt.
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves out the spellings with dashes."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return re.sub(r", --\w+-.*", "", super()._format_action_invocation(action))
+
+
+def drop_trailing_backslash(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Drops what shells hand over where a command ends with a backslash, as published ones do: itself, or the space or
+    end of line that stood after it. Returns a log line where it does."""
+    if not argv or argv[-1] not in ("\\", " ", "\t", "\r", "\n"):
+        return argv, []
+    return argv[:-1], [f"dropped the last argument, {argv[-1]!r}: any flags on a line after it did not arrive"]
+
+
+def split_flags(argv: list[str]) -> Flags:
+    """The flags of a command line. Raises QAError for an argument before the first one."""
+    flags: Flags = {}
+    values = None
+    for argument in argv:
+        if argument.startswith("--") or argument == "-h":
+            name, equals, value = argument.removeprefix("--").partition("=")
+            values = [value] if equals else []
+            flags["help" if name == "-h" else name.replace("-", "_")] = values
+        elif values is None:
+            raise QAError(f"unexpected argument {argument!r}")
+        else:
+            values.append(argument)
+    return flags
+
+
+def flags_from_json(path: str | os.PathLike) -> Flags:
+    """The JSON object in the file: null and empty lists are left out, a list is several values and an object its JSON
+    text. Raises OSError, or ValueError that does not name the file."""
+    with open(path, encoding="utf-8-sig") as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise QAError(f"holds a {type(content).__name__}, not one JSON object of flags")
+    flags = {}
+    for key, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        texts = [item if isinstance(item, str) else json.dumps(item) for item in values if item is not None]
+        if texts:
+            flags[key.replace("-", "_")] = texts
+    return flags
+
+
+def translate_flags(flags: Flags) -> tuple[Flags, list[str]]:
+    """The flags in today's spelling, and a log line for each old one. `--logging_dir` sets an environment variable.
+
+    Raises QAError for an old flag that is no longer taken, for a value that it never took, and where two spellings of
+    one flag have different values.
     """
-    known = parser._option_string_actions.keys()
-    names = {flag.lstrip("-").replace("-", "_") for flag in known if flag.startswith("--")}
-    names |= {name for name, fate in OLD_FLAGS.items() if not isinstance(fate, Refused)}
+    given = {name: values[-1] if values else "" for name, values in flags.items()}
+    todays = {name: values for name, values in flags.items() if name not in OLD_FLAGS}
+    notices = []
+    for name in (name for name in flags if name in OLD_FLAGS):
+        if len(flags[name]) > 1:
+            raise QAError(f"--{name} takes one value, got {len(flags[name])}")
+        try:
+            new = OLD_FLAGS[name](given[name], given)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise QAError(f"--{name}: {error}") from error
+        if isinstance(new, str):
+            notices.append(f"old flag --{name}: {new}")
+            continue
+        for flag, value in new.items():
+            said = "".join(todays.setdefault(flag, [value]))
+            if said != value and not {said, value} <= {"", "true", "True"}:
+                raise QAError(f"--{name} and another flag give --{flag} different values: keep one of them")
+            if (flag, value) != (name, given[name]):
+                shown = "***" if flag.endswith("token") else value
+                notices.append(f"old flag --{name}: read as --{flag} {shown}")
+    return todays, notices
+
+
+def refuse_unknown_flags(flags: Flags, dataclass_types: Iterable[type]) -> None:
+    """Raises QAError that names each flag that no dataclass has, and the nearest one that is taken. argparse itself
+    would first complain of a flag that is missing because it is misspelt."""
+    fields = [field for dataclass in dataclass_types for field in dataclasses.fields(dataclass) if field.init]
+    known = {"help", *(field.name for field in fields)}
+    known |= {f"no_{field.name}" for field in fields if field.default is True}
     complaints = []
-    for name, values, tokens in split_flags(argv):
-        if not name:
-            complaints += [f"unexpected argument {value!r}" for value in values if value not in known]
-        elif tokens[0].partition("=")[0] not in known:
-            near = difflib.get_close_matches(name, sorted(names), n=1)
-            complaints.append(f"unknown flag --{name}" + (f" (nearest: --{near[0]})" if near else ""))
+    for name in (name for name in flags if name not in known):
+        nearest = difflib.get_close_matches(name, sorted(known | OLD_FLAGS.keys()), n=1)
+        complaints.append(f"unknown flag --{name}" + "".join(f" (nearest: --{near})" for near in nearest))
     if complaints:
         raise QAError("; ".join(complaints))
+
+
+def join_flags(flags: Flags) -> list[str]:
+    """The command line of these flags; a single value, which may begin with a dash, stands behind a "="."""
+    argv = []
+    for name, values in flags.items():
+        argv += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+    return argv
+
+
+# ---- What becomes of old flags ----
+
+Given = Mapping[str, str]  # the value of each flag, "" for one without
+# Takes the value of an old flag and what else is given. Returns today's flags with their values, or a text that says
+# why there are none. Raises ValueError that says what to use instead.
+Translation = Callable[[str, Given], dict[str, str] | str]
+
+
+def renamed(new: str) -> Translation:
+    return lambda value, given: {new: value}
+
+
+def ignored(why: str) -> Translation:
+    return lambda value, given: f"ignored, {why}"
+
+
+def refused(instead: str, *harmless: str) -> Translation:
+    """No longer taken, but for values that ask for nothing (in lower case)."""
+
+    def translate(value: str, given: Given) -> str:
+        if value.lower() not in harmless:
+            raise QAError(f"no longer taken: {instead}")
+        return "ignored, it asks for nothing"
+
+    return translate
+
+
+def switch(flag: str, on: str, off: str | None = None) -> Translation:
+    """A boolean flag: the values of `flag` for true and false (None: its default)."""
+
+    def translate(value: str, given: Given) -> dict[str, str] | str:
+        new = on if string_to_bool(value or "true") else off
+        return "ignored, it asks for the default" if new is None else {flag: new}
+
+    return translate
+
+
+def unless_empty(flag: str) -> Translation:
+    return lambda value, given: {flag: value} if value else "ignored, it is empty"
+
+
+def in_data_dir(flag: str) -> Translation:
+    return lambda file, given: {flag: os.path.join(given.get("data_dir", ""), file)}
+
+
+def warmup(_: str, given: Given) -> dict[str, str]:
+    """--warmup_steps takes a fraction below 1, too; steps above 0 always won over the ratio."""
+    if "warmup_ratio" not in given or float(given.get("warmup_steps", 0)) > 0:
+        return {"warmup_steps": given["warmup_steps"]}
+    ratio = float(given["warmup_ratio"])
+    if not 0 <= ratio <= 1:
+        raise QAError(f"a warm-up ratio of {ratio} does not lie between 0 and 1")
+    # 1 would mean one step; the largest number below it still rounds up to all of them.
+    return {"warmup_steps": str(min(ratio, math.nextafter(1, 0)))}
+
+
+def tensorboard_folder(folder: str, given: Given) -> str:
+    os.environ["TENSORBOARD_LOGGING_DIR"] = folder
+    return f"read as TENSORBOARD_LOGGING_DIR={folder} in the environment, where --report_to tensorboard writes"
+
+
+def files_of_data_dir(folder: str, given: Given) -> dict[str, str] | str:
+    """The official files, where no others are given."""
+    if "dataset_name" in given:
+        raise QAError("--dataset_name is given too: keep one of them")
+    version_2 = given.get("version_2_with_negative", "false") or "true"
+    version = "v2.0" if string_to_bool(version_2) else "v1.1"
+    files = {}
+    if "train_file" not in given:
+        files["train_file"] = os.path.join(folder, f"train-{version}.json")
+    if "predict_file" not in given and "validation_file" not in given:
+        files["validation_file"] = os.path.join(folder, f"dev-{version}.json")
+    return files or "the folder of the files that are given"
+
+
+SAFETENSORS = "drop it: weights are always saved as model.safetensors"
+DEBUGGER = "use python -m debugpy --listen HOST:PORT --wait-for-client run_squad.py"
+MIXED_PRECISION = "use --fp16 or --bf16: torch's own mixed precision is the only one"
+
+OLD_FLAGS: dict[str, Translation] = {
+    # run_squad.py and run_squad_trainer.py
+    "data_dir": files_of_data_dir,
+    "train_file": in_data_dir("train_file"),
+    "predict_file": in_data_dir("validation_file"),
+    "threads": renamed("preprocessing_num_workers"),
+    "model_type": ignored("the checkpoint's config.json names the model type"),
+    "config_name": unless_empty("config_name"),
+    "tokenizer_name": unless_empty("tokenizer_name"),
+    "cache_dir": unless_empty("cache_dir"),
+    "do_lower_case": ignored("the tokenizer's own setting holds"),
+    "use_fast": ignored("the tokenizer is always a fast one"),
+    "lang_id": refused("use a model without language ids, such as FacebookAI/xlm-roberta-base"),
+    "verbose_logging": ignored("what is left out of the data is always logged; --log_level chooses the rest"),
+    "per_gpu_train_batch_size": renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": renamed("per_device_eval_batch_size"),
+    "evaluate_during_training": switch("eval_strategy", on="steps"),
+    "eval_all_checkpoints": refused("use --eval_strategy steps, or --do_eval with each checkpoint", "false"),
+    "no_cuda": switch("use_cpu", on="True"),
+    "fp16_opt_level": refused("use --fp16 alone (it is what O1 was) or --bf16", "o1"),
+    "server_ip": refused(DEBUGGER, ""),
+    "server_port": refused(DEBUGGER, ""),
+    "logging_steps": lambda steps, given: {"logging_strategy": "no"} if steps == "0" else {"logging_steps": steps},
+    # run_qa.py
+    "no_pad_to_max_length": switch("pad_to_max_length", on="False", off="True"),
+    "metric_for_best_model": lambda metric, given: {"metric_for_best_model": metric.replace("exact_match", "exact")},
+    "max_val_samples": renamed("max_eval_samples"),
+    "max_test_samples": renamed("max_predict_samples"),
+    "use_auth_token": refused("use --token TOKEN; without it that of `hf auth login` is used", "", "true", "false"),
+    # TrainingArguments: training
+    "warmup_ratio": warmup,
+    "warmup_steps": warmup,
+    "group_by_length": switch("train_sampling_strategy", on="group_by_length", off="random"),
+    "adafactor": switch("optim", on="adafactor"),
+    "optim": lambda optim, given: {"optim": {"adamw_apex_fused": "adamw_torch_fused"}.get(optim, optim)},
+    "past_index": refused("use a model without a past state: none here keeps one", "-1"),
+    # TrainingArguments: evaluation, saving, logging, hub
+    "evaluation_strategy": renamed("eval_strategy"),
+    "use_legacy_prediction_loop": ignored("there is one evaluation loop"),
+    "jit_mode_eval": ignored("the numbers are the same without tracing; --torch_compile is today's way to speed"),
+    "include_inputs_for_metrics": switch("include_for_metrics", on="inputs"),
+    "include_tokens_per_second": switch("include_num_input_tokens_seen", on="True"),
+    "save_safetensors": refused(SAFETENSORS, "", "true"),
+    "no_save_safetensors": refused(SAFETENSORS, "false"),
+    "logging_dir": tensorboard_folder,
+    "ray_scope": ignored("nothing here searches hyperparameters"),
+    "push_to_hub_model_id": renamed("hub_model_id"),
+    "push_to_hub_organization": refused("use --hub_model_id ORGANIZATION/NAME"),
+    "push_to_hub_token": renamed("hub_token"),
+    # TrainingArguments: devices, precision and processes
+    "use_mps_device": ignored("an mps device is used where there is one"),
+    "fp16_backend": refused(MIXED_PRECISION, "auto", "amp"),
+    "half_precision_backend": refused(MIXED_PRECISION, "auto", "cuda_amp", "cpu_amp"),
+    "torchdynamo": renamed("torch_compile_backend"),
+    "use_ipex": ignored("it only ever chose faster kernels, which torch has now"),
+    "tpu_num_cores": ignored("the launcher decides"),
+    "debug": unless_empty("debug"),
+    "tpu_metrics_debug": switch("debug", on="tpu_metrics_debug"),
+    "mp_parameters": ignored("it was for SageMaker's launcher only"),
+    "xpu_backend": renamed("ddp_backend"),
+    "model_parallel": refused("use torchrun with --fsdp", "false"),
+    "sharded_ddp": refused("use torchrun with --fsdp", "", "false"),
+    "fsdp_min_num_params": refused("give min_num_params in --fsdp_config", "0"),
+    "fsdp_transformer_layer_cls_to_wrap": refused("give transformer_layer_cls_to_wrap in --fsdp_config"),
+    "dispatch_batches": refused("give dispatch_batches in --accelerator_config"),
+    "split_batches": refused("give split_batches in --accelerator_config", "false"),
+}

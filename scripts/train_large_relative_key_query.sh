@@ -14,7 +14,7 @@ torchrun --nproc_per_node="$NPROC_PER_NODE" "$(dirname "${BASH_SOURCE[0]}")/../r
     --max_seq_length 512 \
     --doc_stride 128 \
     --output_dir relative_squad \
-    --per_gpu_eval_batch_size=6 \
-    --per_gpu_train_batch_size=2 \
+    --per_device_eval_batch_size=6 \
+    --per_device_train_batch_size=2 \
     --gradient_accumulation_steps 3 \
     "$@"
