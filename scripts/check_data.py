@@ -22,12 +22,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets  # noqa: E402
+from qa.processes import set_up_logging  # noqa: E402
 
 from qa.columns import distinct_texts  # noqa: E402
 from qa.files import OneLineParser, QAError  # noqa: E402
 from qa.layouts import layout  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
-from qa.processes import set_up_logging  # noqa: E402
 from qa.read_squad import made_ids, read_squad_file  # noqa: E402
 from qa.train_questions import misplaced_answers, place_answers, warn_of_flags, without_answer  # noqa: E402
 from qa.windows import WindowSettings, data_limits, make_features  # noqa: E402

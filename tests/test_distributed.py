@@ -13,9 +13,8 @@ import launch
 import numpy as np
 import pytest
 from launch import At
-from tiny import tiny_bert, tiny_questions
-
 from qa.run_folder import whole_checkpoints
+from tiny import tiny_bert, tiny_questions
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
