@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets  # noqa: E402
 import numpy as np  # noqa: E402
+import peer_run_qa  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import (  # noqa: E402
@@ -47,7 +48,6 @@ from qa.read_squad import read_squad_file  # noqa: E402
 from qa.train_questions import align_answers  # noqa: E402
 from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
 from run_squad import QATrainingArguments  # noqa: E402
-from scripts import peer_run_qa  # noqa: E402
 from trainer_qa import QuestionAnsweringTrainer  # noqa: E402
 from utils_qa import AnswerSettings, postprocess_qa_predictions, squad_scores, write_predictions  # noqa: E402
 
