@@ -14,6 +14,7 @@ import run_squad
 
 ROOT = Path(run_squad.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOOLS = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
 # Commands within a sentence -> the flags and variables that make them small; a new one needs its line here.
 SENTENCES = {
     "bash scripts/compare_positions.sh": (
@@ -28,6 +29,7 @@ SENTENCES = {
     "python run_squad.py --help": ("", {}),
     "python run_squad.py arguments.json": ("", {}),
 }
+RUN_ELSEWHERE = {"bash scripts/quickstart.sh", "bash scripts/test.sh"}
 
 
 def blocks(language: str) -> list[str]:
@@ -75,9 +77,9 @@ def test_every_command_runs_in_order(workplace, hub):
     """With nothing but a hub; and those that load from there again, with nothing but the cache."""
     commands = [(command.replace("--nproc_per_node=8", "--nproc_per_node=2"), {}) for command in blocks("bash")]
     assert len(commands) >= 5
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```$", "", README + TOOLS, flags=re.MULTILINE | re.DOTALL)
     found = {" ".join(command.split()) for command in re.findall(r"`((?:python|bash)\s[^`]+)`", text)}
-    assert found == SENTENCES.keys()
+    assert found == SENTENCES.keys() | RUN_ELSEWHERE
     commands += [(f"{command} {flags}", variables) for command, (flags, variables) in SENTENCES.items()]
     for command, variables in commands:
         run(command, workplace, hub.environment(workplace / "home", **variables))
@@ -97,7 +99,7 @@ def test_every_command_runs_in_order(workplace, hub):
 def recipe_commands() -> list[str]:
     """The commands that the table of published results names, each with an output_dir of its own."""
     commands, recipe = [], None
-    for named, with_ in re.findall(r"^\| (?:`(scripts/\S+)`|the same with `([^`]+)`) \|", README, flags=re.MULTILINE):
+    for named, with_ in re.findall(r"^\| (?:`(scripts/\S+)`|the same with `([^`]+)`) \|", TOOLS, flags=re.MULTILINE):
         recipe = named or recipe
         variable, flags = (with_, "") if with_.startswith("NPROC_PER_NODE") else ("NPROC_PER_NODE=2", with_)
         commands.append(f"{variable} {recipe} {flags} --output_dir recipe_{len(commands)}")
@@ -107,7 +109,7 @@ def recipe_commands() -> list[str]:
 @pytest.mark.slow
 def test_every_recipe_of_the_table_runs(workplace, hub):
     commands = recipe_commands()
-    assert len(commands) == len(re.findall(r"^\| .*(?:exact|f1) \d+\.\d+.* \| no \|$", README, flags=re.MULTILINE)) == 6
+    assert len(commands) == len(re.findall(r"^\| .*(?:exact|f1) \d+\.\d+.* \| no \|$", TOOLS, flags=re.MULTILINE)) == 6
     for command in commands:
         run(command, workplace, hub.environment(workplace / "home"))
     hub.stop()
@@ -119,22 +121,8 @@ def test_every_recipe_of_the_table_runs(workplace, hub):
 
 def test_every_flag_and_file_exists():
     ours = {f"--{name}" for group in run_squad.ARGUMENT_GROUPS for name in group.__dataclass_fields__}
-    elsewhere = {
-        "--nproc_per_node",
-        "--question",
-        "--context_file",
-        "--json",
-        "--help",
-        "--group_by_length",
-        "--warmup_ratio",
-        "--size",
-    }
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*\b", README))
-    assert named - elsewhere <= ours
-    for file in re.findall(r"\b(?:(?:scripts|qa)/)?\w+\.(?:py|sh)\b", README):
-        assert (ROOT / file).exists() or file in ("run_qa.py",), file
-
-
-def test_the_set_up_commands_come_first():
-    first = README.index("bash scripts/quickstart.sh"), README.index("bash scripts/test.sh")
-    assert first[0] < first[1] < README.index("```bash")
+    elsewhere = {f"--{name}" for name in "nproc_per_node question context_file warmup_ratio size".split()}
+    for page, folder in ((README, ROOT), (TOOLS, ROOT / "scripts")):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*\b", page)) - elsewhere <= ours
+        for file in re.findall(r"\b(?:(?:scripts|qa)/)?\w+\.(?:py|sh)\b", page):
+            assert (ROOT / file).exists() or (folder / file).exists() or file == "run_qa.py", file
