@@ -92,14 +92,6 @@ def _begins(file: BinaryIO, magic: bytes) -> bool:
 
 def _read_json(file: BinaryIO) -> Any:
     """The values of JSON lines, where the first line is one and others follow; else the one value of the file."""
-    contexts: dict[str, str] = {}
-
-    def share_context(item: dict) -> dict:
-        if isinstance(item.get("context"), str):
-            item["context"] = contexts.setdefault(item["context"], item["context"])
-        return item
-
-    decoder = json.JSONDecoder(object_hook=share_context)  # equal contexts are one string as soon as each is read
     # What is not UTF-8 becomes halves of surrogate pairs, which no string may have.
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
     lines = ((number, line) for number, line in enumerate(text, start=1) if not line.isspace())
@@ -107,19 +99,19 @@ def _read_json(file: BinaryIO) -> Any:
     if not line:
         raise QAError("is empty")
     try:
-        value = _parse(line, number, decoder)
+        value = _parse(line, number)
     except QAError:  # of a value on many lines, or of none
         text.seek(0)
-        return _parse(text.read(), 1, decoder)
-    others = (_parse(line, number, decoder) for number, line in lines)
+        return _parse(text.read(), 1)
+    others = (_parse(line, number) for number, line in lines)
     values = [value, *islice(others, 1)]
     return chain(values, others) if len(values) > 1 else value
 
 
-def _parse(text: str, line: int, decoder: json.JSONDecoder) -> Any:
+def _parse(text: str, line: int) -> Any:
     """The JSON value of a text that begins in that line of the file."""
     try:
-        return decoder.decode(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1} column {error.colno}"
         raise QAError(f"{place}: not JSON: {error.msg}; {FORMATS}") from error
@@ -135,7 +127,8 @@ def _parquet_records(file: BinaryIO) -> Iterator[dict]:
             yield from batch.to_pylist()
     except QAError:
         raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
+    # Damaged files; values that Python has none for, such as dates after the year 9999 or of unknown time zones.
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         raise QAError(f"Parquet that cannot be read: {one_line(error)[:200]}") from error
 
 

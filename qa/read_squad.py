@@ -66,7 +66,7 @@ def read_squad_file(path: str | os.PathLike, cache_dir: str | None = None) -> Da
     path = os.fspath(path)
     directory = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files")
     with errors_of(path), open(path, "rb") as file:
-        return _read_once(file_rows(file), path, directory, hashlib.file_digest(file, "sha256"))
+        return _read_once(file_rows(file), path, directory, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _load_hub_dataset(name: str, config_name: str | None, cache_dir: str | None, token) -> dict[str, Dataset]:
@@ -86,8 +86,9 @@ def _read_hub_split(dataset: Dataset, source: str) -> Dataset:
     directory = os.path.dirname(files[0]) if files else datasets.config.HF_DATASETS_CACHE
     # A builder's fingerprint says where its files are, not what is in them.
     key = repr((dataset._fingerprint, [(file, os.stat(file).st_mtime_ns) for file in files]))
+    key = hashlib.sha256(key.encode()).hexdigest()
     with errors_of(source):
-        return _read_once(record_rows(_hub_records(dataset)), source, directory, hashlib.sha256(key.encode()))
+        return _read_once(record_rows(_hub_records(dataset)), source, directory, key)
 
 
 def _hub_records(dataset: Dataset) -> Iterator[dict]:
@@ -96,9 +97,9 @@ def _hub_records(dataset: Dataset) -> Iterator[dict]:
         yield from table.to_pylist()
 
 
-def _read_once(rows: Iterator[dict], source: str, directory: str, key) -> Dataset:
-    """The examples of these rows, kept in `directory` under the hash `key`; the rows are not read if they are there."""
-    path = os.path.join(directory, f"squad-{key.hexdigest()[:32]}-{READER}.arrow")
+def _read_once(rows: Iterator[dict], source: str, directory: str, key: str) -> Dataset:
+    """The examples of these rows, kept under `key`, a hash of their source; the rows are not read if they are there."""
+    path = os.path.join(directory, f"squad-{key[:32]}-{READER}.arrow")
     if not os.path.exists(path):
         table = _to_table(rows)
         write_arrow(path, Features({name: STORED_FEATURES[name] for name in table.column_names}), [table])

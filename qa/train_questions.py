@@ -165,7 +165,7 @@ def find_answer(context: str, text: str, start: int) -> tuple[int, int] | None:
         found = words.search(context, found.start() + 1)  # occurrences may overlap
     if start < 0 and len(spans) > 1:
         return None
-    return min(spans, key=lambda span: (abs(span[0] - start), span), default=None)
+    return min(spans, key=lambda span: abs(span[0] - start), default=None)
 
 
 def _with_repaired_answers(examples: Dataset, repaired: dict[int, dict]) -> Dataset:

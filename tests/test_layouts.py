@@ -17,8 +17,8 @@ from qa.read_squad import STORED_FEATURES, read_squad_file
 
 CONTEXT = "Ünïcode 😀: the bridge of 1890 is made of steel."
 QUESTION = {"id": "q1", "question": "Of what?", "answers": [{"text": "steel", "answer_start": 42}]}
-OTHER = {"id": "q2", "question": "When?", "answers": [{"text": "1890", "answer_start": 26}, {"text": "", **{}}]}
-OTHER["answers"][1]["answer_start"] = 0
+TWO_ANSWERS = [{"text": "1890", "answer_start": 26}, {"text": "18", "answer_start": 26}]
+OTHER = {"id": "q2", "question": "When?", "answers": TWO_ANSWERS}
 PARAGRAPH = {"context": CONTEXT, "qas": [QUESTION, OTHER]}
 ARTICLE = {"title": "Bridges", "paragraphs": [PARAGRAPH]}
 
@@ -192,16 +192,15 @@ def test_answers_without_starts(answers, read):
 GZIPPED = gzip.compress(json.dumps(ARTICLE).encode())
 QA = r"data\[0\]\.paragraphs\[0\]\.qas\[0\]"
 ANSWER = {"text": "x", "answer_start": 1}
+LATE = pa.scalar(2**31 - 1, pa.date32())
 REFUSED = {
     "empty": (b"", "is empty"),
     "blank": (b" \n\t ", "is empty"),
-    "empty gzip": (gzip.compress(b""), "is empty"),
     "not JSON": (b'{"data": [', "line 1 column 11: not JSON"),
     "cut off": (json.dumps(nested(), indent=4).encode()[:200], r"line \d+ column \d+: not JSON"),
     "not JSON lines": (json.dumps(row()).encode() + b'\n\n{"id": ', "line 3 column 8: not JSON"),
     "more after the end": (json.dumps(nested()).encode() + b"\n}", "line 2 column 1: not JSON"),
     "UTF-16": (json.dumps(ARTICLE).encode("utf-16"), "not JSON: .*; read are JSON and JSON lines in UTF-8, and Parq"),
-    "a zip file": (b"PK\x03\x04\xff", "line 1 column 1: not JSON"),
     "Latin-1": (
         json.dumps([row()], ensure_ascii=False).replace("😀", "").encode("latin-1"),
         "character 0 is not UTF-8",
@@ -210,32 +209,29 @@ REFUSED = {
     "nested too deep": (b"[" * 100_000, "JSON that cannot be read"),
     "a number of 5000 digits": (b'{"data": ' + b"1" * 5000 + b"}", "JSON that cannot be read"),
     "gzip cut off": (GZIPPED[:-30], "its gzip data breaks off or is damaged, fetch it again: Compressed file ended"),
-    "gzip cut off at its start": (GZIPPED[:2], "its gzip data breaks off or is damaged"),
     "another checksum": (GZIPPED[:-8] + bytes(8), "its gzip data breaks off or is damaged, .*: CRC check failed"),
     "more behind the gzip": (GZIPPED + b"more", "its gzip data breaks off or is damaged"),
     "damaged gzip data": (GZIPPED[:30] + b"\xff" * 9 + GZIPPED[39:], "its gzip data breaks off or is damaged"),
     "Parquet cut off": (as_parquet([row()])[:-40], "Parquet that cannot be read"),
     "gzipped Parquet cut off": (gzip.compress(as_parquet([row()])[:60]), "Parquet that cannot be read"),
-    "Parquet of other columns": (as_parquet([{"text": "x", "label": 1}]), r"columns: missing .*\['text', 'label'\]"),
+    "Parquet of other columns": (
+        as_parquet([{"text": "x", "label": 1}]),
+        r"file: its columns: missing .*\['text', 'label'\]",
+    ),
+    "Parquet of a date beyond Python's": (as_parquet([row(title=LATE)]), "Parquet that cannot be read: "),
     "Parquet without question": (as_parquet([row(question=...)]), 'row 0: missing key "question"'),
-    "Parquet's question is 5": (as_parquet([row(question=5)]), r"row 0\.question: must be a string, is 5"),
     "Parquet's qas is a text": (as_parquet([row(qas="who?")]), r"row 0\.qas: must be a list, is 'who\?'"),
     "a number": (b"5", "the file: must be a list, is 5"),
     "data is null": ({"data": None}, "data: must be a list, is None"),
     "no question": ({"data": []}, "holds no question"),
-    "no question in paragraphs": ([{**PARAGRAPH, "qas": []}], "holds no question"),
     "no layout": ({"version": "1", "rows": []}, r'missing key "data" .* found \[\'version\', \'rows\'\]'),
     "a row of no layout": ([{"text": "x", "label": 1}], r'row 0: missing .* "context" and "question"; found \[\'text'),
     "row is a string": (["x"], "row 0: must be an object, is 'x'"),
     "paragraph is a list": ({"data": [{"paragraphs": [[]]}]}, r"data\[0\]\.paragraphs\[0\]: must be an object"),
-    "paragraphs is an object": ([{"paragraphs": PARAGRAPH}], r"row 0\.paragraphs: must be a list"),
-    "question is a list": ([{**PARAGRAPH, "qas": [[]]}], r"row 0\.qas\[0\]: must be an object"),
     "no context": ({"data": [{"qas": [QUESTION]}]}, r'data\[0\]: missing key "context"; found \[\'qas\'\]'),
     "no qas": ([{"paragraphs": [{"context": "c"}]}], r'row 0\.paragraphs\[0\]: missing key "qas"'),
     "no question key": (nested(question=...), rf'{QA}: missing key "question"'),
-    "question is null": (nested(question=None), rf"{QA}\.question: must be a string, is None"),
     "id is a float": (nested(id=1.5), rf"{QA}\.id: must be a string, is 1.5"),
-    "id is true": (nested(id=True), rf"{QA}\.id: must be a string, is True"),
     "title is a list": ([row(title=[])], r"row 0\.title: must be a string"),
     "is_impossible is a string": (nested(is_impossible="no"), rf"{QA}\.is_impossible: must be true or false, is 'no'"),
     "answers is a string": (nested(answers="king"), rf"{QA}\.answers: must be a list, is 'king'"),

@@ -113,17 +113,17 @@ def test_one_value_replaced(layout, read, data):
         assert all(type(start) is int for start in row["answers"]["answer_start"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_good_files(layout, read):
-    assert read(to_bytes(LAYOUTS[layout])) == FLAT
-
-
 PACKED = {
-    "JSON": to_bytes({"data": ARTICLES}),
+    **{layout: to_bytes(value) for layout, value in LAYOUTS.items()},
     "gzip": gzip.compress(to_bytes({"data": ARTICLES})),
     "Parquet of rows": to_parquet(FLAT),
     "Parquet of paragraphs": to_parquet(PARAGRAPHS),
 }
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_good_files(name, read):
+    assert read(PACKED[name]) == FLAT
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -177,11 +177,8 @@ def big_files():
     """Names and contents of about 5 MB, and whether they are questions."""
     text = "king " * 1_000_000
     yield "context", to_bytes([{**FLAT[0], "context": text}]), True
-    yield "key", to_bytes([{**FLAT[0], text: 1}]), True
     yield "id twice", to_bytes([{**FLAT[0], "id": text}, {**FLAT[1], "id": text}]), False
     yield "open lists", b"[" * 5_000_000, False
-    yield "lines of numbers", b"1\n" * 2_500_000, False
-    yield "blank", b" " * 5_000_000, False
     yield "half surrogates", b'[{"id": "' + b"\\ud800" * 800_000 + b'"}]', False
 
 
