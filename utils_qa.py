@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from datasets import Dataset, Features, List, Value
 from torch.nn import functional as F
 
 from qa.columns import column, distinct_texts
@@ -81,10 +81,7 @@ class QAPredictions(NamedTuple):
 
 
 def postprocess_qa_predictions(
-    examples: datasets.Dataset,
-    features: datasets.Dataset,
-    predictions: tuple[np.ndarray, np.ndarray],
-    settings: AnswerSettings,
+    examples: Dataset, features: Dataset, predictions: tuple[np.ndarray, np.ndarray], settings: AnswerSettings
 ) -> QAPredictions:
     """What AnswerSearch answers, from the logits of all windows at once.
 
@@ -130,11 +127,7 @@ class AnswerSearch:
     """
 
     def __init__(
-        self,
-        examples: datasets.Dataset,
-        features: datasets.Dataset,
-        settings: AnswerSettings,
-        device: torch.device | str = "cpu",
+        self, examples: Dataset, features: Dataset, settings: AnswerSettings, device: torch.device | str = "cpu"
     ):
         self.settings = settings
         self.examples = examples
@@ -398,7 +391,7 @@ def _question_a_line(n_best: NBest) -> Iterator[str]:
 
 
 def squad_scores(
-    examples: datasets.Dataset, predictions: QAPredictions, null_score_diff_threshold: float = 0.0
+    examples: Dataset, predictions: QAPredictions, null_score_diff_threshold: float = 0.0
 ) -> dict[str, float]:
     """Compares the answers with the gold answers of `examples` (columns id, answers) by `SquadMetric`.
 
@@ -455,15 +448,15 @@ def squad_metric() -> type:
         def _info(self):
             if self.config_name not in ("default", "squad", "squad_v2"):
                 raise QAError(f"SquadMetric has no configuration {self.config_name!r}: use squad or squad_v2")
-            text = datasets.Value("string")
+            text = Value("string")
             prediction = {"id": text, "prediction_text": text}
             if self.config_name == "squad_v2":
-                prediction["no_answer_probability"] = datasets.Value("float64")
-            answers = {"text": datasets.List(text), "answer_start": datasets.List(datasets.Value("int32"))}
+                prediction["no_answer_probability"] = Value("float64")
+            answers = {"text": List(text), "answer_start": List(Value("int32"))}
             return evaluate.MetricInfo(
                 description=self.__doc__,
                 citation="Rajpurkar et al. 2016 (SQuAD) and 2018 (SQuAD 2.0)",
-                features=datasets.Features({"predictions": prediction, "references": {"id": text, "answers": answers}}),
+                features=Features({"predictions": prediction, "references": {"id": text, "answers": answers}}),
             )
 
         def _compute(self, predictions, references, no_answer_threshold=1.0):
@@ -491,13 +484,9 @@ def squad_evaluate(
         for i, odds in enumerate(null_odds):
             if odds > threshold:
                 exact[i] = f1[i] = float(not has_answer[i])
-    groups = {
-        "": range(len(golds)),
-        "HasAns_": [i for i, answer in enumerate(has_answer) if answer],
-        "NoAns_": [i for i, answer in enumerate(has_answer) if not answer],
-    }
     metrics = {}
-    for prefix, rows in groups.items():
+    for prefix, wanted in (("", (True, False)), ("HasAns_", (True,)), ("NoAns_", (False,))):
+        rows = [i for i, answer in enumerate(has_answer) if answer in wanted]
         if rows:
             metrics[f"{prefix}exact"] = 100.0 * sum(exact[i] for i in rows) / len(rows)
             metrics[f"{prefix}f1"] = 100.0 * sum(f1[i] for i in rows) / len(rows)

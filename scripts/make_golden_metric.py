@@ -59,22 +59,21 @@ def main() -> None:
         raise SystemExit(f"this is transformers {transformers.__version__}: golden results come from 4.57.6")
     rng = random.Random(13)
     near = [[[gold], prediction] for gold, prediction in NEAR]
-    same = [[[gold], gold] for gold, _ in NEAR]
     several = [[["one", gold, "two"], prediction] for gold, prediction in NEAR]
     several += [[["two", "one two", ""], "one"], [["the", "two"], "the"], [["the", "a"], ""]]
     none = [[[], prediction] for _, prediction in NEAR if prediction not in ("a", "the", "?")]
-    cases = {
-        "near": near,
-        "same": same,
-        "several": several,
-        "made up": [made_up(rng, 0.0) for _ in range(120)],
-        "without answers, version 1": near + none + [[[], ""]],
-    }
-    golden = [evaluate(name, questions, None) for name, questions in cases.items()]
+    golden = [
+        evaluate("near", near, None),
+        evaluate("same", [[[gold], gold] for gold, _ in NEAR], None),
+        evaluate("several", several, None),
+        evaluate("made up", [made_up(rng, 0.0) for _ in range(120)], None),
+        evaluate("without answers, version 1", near + none + [[[], ""]], None),
+    ]
+    made_up_2 = [made_up(rng, 0.4) for _ in range(150)]
     cases = {
         "several and none": several + none + [[[], ""]],
         "none": none,
-        "made up": [made_up(rng, 0.4) for _ in range(150)],
+        "made up": made_up_2,
         "one": [[["one"], "one"]],
     }
     for name, questions in cases.items():
@@ -95,16 +94,11 @@ def made_up(rng: random.Random, none_share: float) -> list:
 
 def evaluate(name: str, questions: list, threshold: float | None) -> dict:
     ids = [f"q{i}" for i in range(len(questions))]
-    examples = [
-        SimpleNamespace(qas_id=id_, answers=[{"text": text, "answer_start": 0} for text in question[0]])
-        for id_, question in zip(ids, questions, strict=True)
-    ]
-    predictions = {id_: question[1] for id_, question in zip(ids, questions, strict=True)}
-    if threshold is None:
-        result = squad_evaluate(examples, predictions)
-    else:
-        odds = {id_: question[2] for id_, question in zip(ids, questions, strict=True)}
-        result = squad_evaluate(examples, predictions, odds, threshold)
+    golds, *predicted = zip(*questions, strict=True)  # predictions, and in version 2 null odds
+    answers = [[{"text": text, "answer_start": 0} for text in texts] for texts in golds]
+    examples = [SimpleNamespace(qas_id=id_, answers=here) for id_, here in zip(ids, answers, strict=True)]
+    by_id = [dict(zip(ids, values, strict=True)) for values in predicted]
+    result = squad_evaluate(examples, *by_id) if threshold is None else squad_evaluate(examples, *by_id, threshold)
     return {"name": name, "threshold": threshold, "questions": questions, "result": result}
 
 
