@@ -37,13 +37,8 @@ WINDOWS_PER_BATCH = 2000  # windows sliced at once: bounds the memory of the ind
 class WindowSettings:
     """How contexts are cut into windows. Raises QAError for a value below 1."""
 
-    max_seq_length: int = field(
-        default=384, metadata={"help": "Most tokens of a window: question, a part of the context, special tokens."}
-    )
-    doc_stride: int = field(
-        default=128,
-        metadata={"help": "Context tokens from the start of one window to the start of the next, in a long context."},
-    )
+    max_seq_length: int = field(default=384, metadata={"help": "Most tokens of a window, special tokens included."})
+    doc_stride: int = field(default=128, metadata={"help": "Context tokens from one window's start to the next one's."})
     max_query_length: int = field(default=64, metadata={"help": "Most tokens of a question; the rest is cut."})
 
     def __post_init__(self):
@@ -149,9 +144,8 @@ def _feature_tables(
 
     # All tokens that a window can hold, end to end; each window is five ranges of them.
     pool = np.concatenate([special_ids, questions.ids, contexts.ids])
-    question_types = np.full(len(questions.ids), special_types[bounds[1]])
-    context_types = np.full(len(contexts.ids), special_types[bounds[3]])
-    pool_types = np.concatenate([special_types, question_types, context_types])
+    text_types = np.repeat(special_types[[bounds[1], bounds[3]]], [len(questions.ids), len(contexts.ids)])
+    pool_types = np.concatenate([special_types, text_types])
     first_question_token = len(special_ids) + questions.first[windows.example]
     first_context_token = contexts.first[windows.example] + windows.start
     contexts_in_pool = len(special_ids) + len(questions.ids)
@@ -265,9 +259,9 @@ def _tokenize(texts: Texts, tokenizer, num_proc: int | None, desc: str) -> Token
         new_fingerprint="tokens",  # kept in memory only, so nobody looks for it; saves hashing texts and tokenizer
         desc=desc,
     )
-    ids, char_starts, char_ends = (chunks.combine_chunks() for chunks in tokenized.data.columns)
-    values = (array.values.to_numpy() for array in (ids, char_starts, char_ends))
-    return Tokens(texts.row, ids.offsets.to_numpy().astype(np.int64), *values)
+    lists = [chunks.combine_chunks() for chunks in tokenized.data.columns]  # ids, char_starts, char_ends
+    offsets = lists[0].offsets.to_numpy().astype(np.int64)
+    return Tokens(texts.row, offsets, *(values.values.to_numpy() for values in lists))
 
 
 def _plain_backend(tokenizer) -> tokenizers.Tokenizer:
