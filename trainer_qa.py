@@ -147,13 +147,13 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         return metrics
 
     def _answer(self, features, examples, prefix: str) -> dict[str, float]:
-        search, metrics = self.find_answers(features, examples, prefix)
-
         def score():
             scores = self.post_process_function(examples, search.predictions(), prefix)
             return {**scores, **self._loss(search, prefix)}
 
-        scores = on_main_process(score)
+        with self._closing_bars():
+            search, metrics = self.find_answers(features, examples, prefix)
+            scores = on_main_process(score)
         return {**{f"{prefix}_{name}": value for name, value in scores.items()}, **metrics}
 
     def find_answers(self, features, examples, prefix: str) -> tuple[AnswerSearch, dict[str, float]]:
@@ -176,7 +176,7 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         # Evaluating must not move the random state that training goes on with.
-        with torch.random.fork_rng(devices=[]), self._closing_bars():
+        with torch.random.fork_rng(devices=[]):
             self.evaluation_loop(self.accelerator.prepare(loader), "Evaluation", prediction_loss_only=False)
         return self._search, speed_metrics(prefix, start_time, num_samples=len(features))
 

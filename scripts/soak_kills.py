@@ -2,8 +2,7 @@
 
     python scripts/soak_kills.py [--kills 50] [--processes 1 2] [--seed 0]
 
-For each number of processes, and for a checkpoint with today's names and one with Google's (LayerNorm.gamma and beta),
-one run is left alone. Then runs of the same command are killed with SIGKILL (all processes
+For each number of processes one run is left alone. Then runs of the same command are killed with SIGKILL (all processes
 at once, as a lost node) at a random moment and started again, until each has finished; its weights, answers, scores and
 history must equal, bit for bit, those of the run left alone. Prints where the kills struck and what was compared, and
 exits with status 1 if anything differed.
@@ -11,7 +10,6 @@ exits with status 1 if anything differed.
 
 import argparse
 import collections
-import itertools
 import json
 import os
 import random
@@ -30,117 +28,84 @@ import launch  # noqa: E402
 from test_kill import FLAGS, outcome  # noqa: E402
 from tiny import tiny_bert, tiny_questions, with_google_names  # noqa: E402
 
-from qa.run_folder import broken_checkpoints, whole_checkpoints  # noqa: E402
+from qa.checkpoints import complete_checkpoints, incomplete_checkpoints  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=50, help="kills for each of them")
+    parser.add_argument("--kills", type=int, default=50, help="kills for each number of processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    models = {
-        "weight and bias": tiny_bert(folder / "model"),
-        "gamma and beta": with_google_names(tiny_bert(folder / "google_model")),
-    }
     command = [
+        *("--model_name_or_path", with_google_names(tiny_bert(folder / "model"))),
         *("--train_file", tiny_questions(folder / "train.json", paragraphs=8)),
         *("--validation_file", tiny_questions(folder / "dev.json", paragraphs=5)),
         *FLAGS,
         *("--disable_tqdm", "True"),
     ]
     rng = random.Random(arguments.seed)
-    columns = ("processes", "LayerNorms", "kills", "struck while", "broken checkpoints left", "runs finished")
-    print(f"| {' | '.join(columns)} | equal to the run left alone |")
-    print("|---" * (len(columns) + 1) + "|")
+    print("| processes | kills | struck while | runs finished | equal to the run left alone |\n|---|---|---|---|---|")
     equal_everywhere = True
-    for processes, names in itertools.product(arguments.processes, models):
-        out = folder / f"{processes} {names}"
-        row = soak(["--model_name_or_path", models[names], *command], out, processes, arguments.kills, rng)
-        counts = (row["kills"], row["struck"], row["broken"], row["runs"], row["equal"])
-        print(f"| {processes} | {names} | {' | '.join(map(str, counts))} |", flush=True)
-        equal_everywhere &= row["equal"] == row["runs"]
+    for processes in arguments.processes:
+        struck, runs, equal = soak(command, folder / str(processes), processes, arguments.kills, rng)
+        where = ", ".join(f"{name} {count}" for name, count in sorted(struck.items()))
+        print(f"| {processes} | {struck.total()} | {where} | {runs} | {equal} |", flush=True)
+        equal_everywhere &= equal == runs
     shutil.rmtree(folder)
     return 0 if equal_everywhere else 1
 
 
-def soak(command, folder: Path, processes: int, kills: int, rng: random.Random) -> dict:
+def soak(command, folder: Path, processes: int, kills: int, rng: random.Random) -> tuple[collections.Counter, int, int]:
+    """Returns (what the kills struck, how many runs have finished, how many of these equal the run left alone)."""
     alone = folder / "alone"
-    finish(command, alone, processes)  # also starts the process that the others are forked from
+    launch.finish(command, alone, processes)  # also starts the process that the others are forked from
     shutil.rmtree(alone)
     started = time.monotonic()
-    finish(command, alone, processes)
+    launch.finish(command, alone, processes)
     seconds = time.monotonic() - started
-    expected = outcome(alone)
 
     struck: collections.Counter = collections.Counter()
-    broken = runs = equal = 0
+    runs = equal = 0
     while struck.total() < kills:
         out = folder / f"run-{runs}"
-        finished = False
-        while not finished and struck.total() < kills:
-            finished = not kill_after(rng.uniform(0, seconds), command, out, processes)
-            if not finished:
-                struck[stage(out)] += 1
-                broken += len(broken_checkpoints(out))
-                progress(f"{processes} processes: kill {struck.total()} of {kills}, while {stage(out)}")
-        if not finished:
-            finish(command, out, processes)
+        while struck.total() < kills and kill_after(rng.uniform(0, seconds), command, out, processes):
+            struck[stage(out)] += 1
+            print(f"{processes} processes: kill {struck.total()} of {kills}, {stage(out)}", file=sys.stderr, flush=True)
+        launch.finish(command, out, processes)
         runs += 1
-        same = outcome(out) == expected
-        equal += same
-        if same:
-            shutil.rmtree(out)
+        if outcome(out) == outcome(alone):
+            equal += 1
         else:
-            progress(f"{out} differs from {alone}")
-    where = ", ".join(f"{name} {count}" for name, count in sorted(struck.items()))
-    return {"kills": struck.total(), "struck": where, "broken": broken, "runs": runs, "equal": equal}
+            print(f"{out} differs from {alone}", file=sys.stderr, flush=True)
+    return struck, runs, equal
 
 
 def kill_after(seconds: float, command, out: Path, processes: int) -> bool:
-    """Starts the command and kills all its processes after that time; False when it had finished before."""
+    """Starts the command and kills all its processes after that time; False when they had finished before."""
     children, logs = launch.start(*command, "--output_dir", out, processes=processes)
     wait([children[0].sentinel], timeout=seconds)
     for child in children:
         child.kill()
-    exit_codes = launch.outcome(children, logs).exit_codes
+    done = launch.outcome(children, logs)
     shutil.rmtree(logs)
-    if set(exit_codes) - {0, -signal.SIGKILL}:
-        sys.exit(f"{out}: exit codes {exit_codes}")
-    return status(out) != "finished"
-
-
-def finish(command, out: Path, processes: int) -> None:
-    done = launch.run(*command, "--output_dir", out, processes=processes)
-    if any(done.exit_codes):
+    if set(done.exit_codes) - {0, -signal.SIGKILL}:
         sys.exit(f"{out}: exit codes {done.exit_codes}\n{done.err[0]}")
-
-
-def status(out: Path) -> str | None:
-    file = out / "run_state.json"
-    return json.loads(file.read_text())["status"] if file.exists() else None
+    return -signal.SIGKILL in done.exit_codes
 
 
 def stage(out: Path) -> str:
     """What the run in `out` was doing when it was killed, as far as its files tell."""
-    if status(out) is None:
+    state = out / "run_state.json"
+    if not state.exists():
         return "starting"
-    if status(out) == "trained":
+    if json.loads(state.read_text())["status"] == "trained":
         return "evaluating the trained model"
-    newest = max((int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")), default=0)
-    if broken_checkpoints(out):
-        whole = whole_checkpoints(out)
-        return (
-            "saving"
-            if not whole or not whole[-1].endswith(f"-{newest}")
-            else "rotating, or going on from a broken save"
-        )
-    return "training or evaluating"
-
-
-def progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if not incomplete_checkpoints(out):
+        return "training or evaluating"
+    newest = max(complete_checkpoints(out) + incomplete_checkpoints(out), key=lambda name: int(name.rsplit("-", 1)[1]))
+    return "saving" if newest in incomplete_checkpoints(out) else "rotating, or going on from an incomplete save"
 
 
 if __name__ == "__main__":

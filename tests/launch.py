@@ -55,8 +55,27 @@ def run(*argv: str, processes: int = 1, at: At | None = None, patch: str | None 
     return outcome(children, folder)
 
 
+def finish(command, out: Path, processes: int = 1, **how) -> Outcome:
+    """Runs a command that must succeed, into `out`; of its processes only the main one may say anything."""
+    done = run(*command, "--output_dir", out, processes=processes, **how)
+    assert done.exit_codes == [0] * processes, done.err[0][-2000:]
+    assert not any(done.out[1:] + done.err[1:]), f"only the main process speaks: {done.out[1:]} {done.err[1:]}"
+    return done
+
+
+def fail(command, out: Path, status: int = 2, processes: int = 1, **how) -> str:
+    """Runs a command that must fail on all processes alike; returns its last line, the one that it says why in."""
+    done = run(*command, "--output_dir", out, processes=processes, **how)
+    assert done.exit_codes == [status] * processes, done.err[0][-2000:]
+    assert "Traceback" not in "".join(done.err)
+    assert not any(done.out[1:] + done.err[1:]), f"only the main process speaks: {done.out[1:]} {done.err[1:]}"
+    line = done.err[0].strip().splitlines()[-1]
+    assert line.startswith("run_squad.py: ")
+    return line
+
+
 def start(*argv: str, processes: int = 1, at: At | None = None, patch: str | None = None, **env):
-    folder = _log_folder()
+    folder = Path(tempfile.mkdtemp(prefix="run_squad-"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,10 +108,6 @@ def _ranks(rank: int, processes: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def _log_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="run_squad-"))
 
 
 def _context():

@@ -69,6 +69,14 @@ def with_google_names(folder: str) -> str:
     return folder
 
 
+def read(*path) -> dict:
+    return json.loads(Path(*path).read_text(encoding="utf-8"))
+
+
+def weights(folder) -> bytes:
+    return Path(folder, "model.safetensors").read_bytes()
+
+
 NO_ANSWER = {"text": [], "answer_start": []}
 
 
