@@ -24,15 +24,16 @@ from qa.modeling_relative_bert import RelativeBertForQuestionAnswering, Relative
 GOLDEN = Path(__file__).parent / "golden" / "attention"
 RELATIVE_TYPES = ("relative_key", "relative_key_query")
 EACH_TYPE = pytest.mark.parametrize("position_type", RELATIVE_TYPES)
-EACH_ATTENTION = pytest.mark.parametrize("attention", ("eager", "sdpa", "sdpa in groups"), indirect=True)
+EACH_ATTENTION = pytest.mark.parametrize("attention", ("eager", "sdpa", "sdpa in parts"), indirect=True)
 BATCHES = ("9_padded", "16_full", "23_padded", "24_full", "24_padded")
 
 
 @pytest.fixture
 def attention(request, monkeypatch):
-    """attn_implementation. Inputs as small as here are no groups of heads under sdpa, unless a group is one head."""
-    if request.param == "sdpa in groups":
+    """attn_implementation. Inputs as small as here are one group of heads and one block of queries, unless cut finer."""
+    if request.param == "sdpa in parts":
         monkeypatch.setattr(relative, "GROUP_ELEMENTS", 1)
+        monkeypatch.setattr(relative, "BLOCK_QUERIES", 7)
     return request.param.split()[0]
 
 
@@ -55,11 +56,12 @@ def small_config(position_type: str, **settings) -> BertConfig:
 
 
 def small_model(position_type: str, **settings) -> RelativeBertForQuestionAnswering:
-    """A model whose distance embeddings are large enough to matter."""
+    """A model whose weights are large enough for every one of them to matter."""
     torch.manual_seed(0)
     model = RelativeBertForQuestionAnswering(small_config(position_type, **settings))
-    for layer in model.bert.encoder.layer:
-        nn.init.normal_(layer.attention.self.distance_embedding.weight)
+    for name, parameter in model.named_parameters():
+        if not name.endswith("LayerNorm.weight"):
+            nn.init.normal_(parameter)
     return model
 
 
