@@ -227,7 +227,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     resize_position_embeddings(model, tokenizer, data_args.max_seq_length)
     check_length(data_args.max_seq_length, model, tokenizer)
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
-    log_summary(model, examples, features, data_args, training_args)
+    log_summary(model, data_args, training_args)
     if trainer.is_world_process_zero() and (training_args.do_train or training_args.do_eval):
         checkpoints.write_qa_settings(training_args, model_args, data_args)
 
@@ -290,13 +290,9 @@ def check_together(data_args: DataTrainingArguments, training_args: QATrainingAr
             raise QAError(f"--report_to {tracker}: no such tracker is installed; pip install it or leave the flag out")
 
 
-def log_summary(model, examples, features, data_args, training_args: QATrainingArguments) -> None:
-    """The first lines of a run: what is trained or evaluated, on what, and how."""
+def log_summary(model, data_args, training_args: QATrainingArguments) -> None:
+    """What is trained or evaluated, and how; `make_windows` has said on what."""
     logger.info("Model: %s, %s positions.", type(model).__name__, position_type_of(model.config))
-    for split, questions in examples.items():
-        logger.info("%s: %d questions, %d windows.", split.capitalize(), len(questions), len(features[split]))
-        for line in data_limits(features[split], data_args.max_answer_length, data_args.max_query_length):
-            logger.info("%s: %s.", split.capitalize(), line)
     logger.info(
         f"Windows: at most {data_args.max_seq_length} tokens; the next one starts {data_args.doc_stride} context "
         "tokens later (run_qa.py took --doc_stride as the overlap instead)."
@@ -368,6 +364,10 @@ def make_windows(examples: dict, tokenizer, data_args, training_args) -> dict:
             )
             for split, questions in examples.items()
         }
+    for split, questions in examples.items():
+        logger.info("%s: %d questions, %d windows.", split.capitalize(), len(questions), len(features[split]))
+        for line in data_limits(features[split], data_args.max_answer_length, data_args.max_query_length):
+            logger.info("%s: %s.", split.capitalize(), line)
     if "train" in features:
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         features["train"] = keep_negative_windows(features["train"], data_args.negative_windows, seed)

@@ -22,14 +22,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets  # noqa: E402
-from qa.processes import set_up_logging  # noqa: E402
 
 from qa.columns import distinct_texts  # noqa: E402
+from qa.distributed import set_up_logging  # noqa: E402
 from qa.files import OneLineParser, QAError  # noqa: E402
 from qa.layouts import layout  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
 from qa.read_squad import made_ids, read_squad_file  # noqa: E402
-from qa.train_questions import misplaced_answers, place_answers, warn_of_flags, without_answer  # noqa: E402
+from qa.train_questions import align_answers, misplaced_answers, warn_of_flags, without_answer  # noqa: E402
 from qa.windows import WindowSettings, data_limits, make_features  # noqa: E402
 from utils_qa import AnswerSettings  # noqa: E402
 
@@ -109,7 +109,7 @@ def facts_of(file: str, examples, validation, tokenizer, windows: WindowSettings
         facts["without_answer"] = without_answer(examples)
         facts["flag_warning"] = warn_of_flags("train", examples, file, args.version_2_with_negative)
     if not has_gold or len(left_out) < len(examples):
-        features = make_features(place_answers(examples, file)[0] if has_gold else examples, tokenizer, windows)
+        features = make_features(align_answers(examples, file)[0] if has_gold else examples, tokenizer, windows)
         counts = np.bincount(features["example_index"])
         per_question = {"per_question": round(float(counts.mean()), 2), "most_per_question": int(counts.max())}
         facts["windows"] = {"count": len(features), **per_question}

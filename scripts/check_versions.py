@@ -120,7 +120,7 @@ def save_models(folder: Path) -> None:
     from transformers import BertConfig, BertTokenizer
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from qa.load_model import grow_positions
+    from qa.load_model import resize_position_embeddings
     from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 
     transformers.logging.disable_progress_bar()
@@ -142,7 +142,7 @@ def save_models(folder: Path) -> None:
             mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0
             torch.nn.init.normal_(parameter, mean, std=1.0 if "embedding" in name else 0.3)
         name = position_type if positions == 40 else f"{position_type} grown"
-        grow_positions(model, BertTokenizer(vocab={"[UNK]": 0}), 40)
+        resize_position_embeddings(model, BertTokenizer(vocab={"[UNK]": 0}), 40)
         model.save_pretrained(folder / name)
         save_file(expected_tensors(model), folder / name / "expected.safetensors")
 

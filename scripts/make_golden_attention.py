@@ -167,7 +167,7 @@ def make_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 
 def save_with_this_project(folder: Path) -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from qa.load_model import grow_positions, rename_extra_special_tokens
+    from qa.load_model import rename_extra_special_tokens, resize_position_embeddings
     from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 
     for position_type in POSITION_TYPES:
@@ -179,7 +179,7 @@ def save_with_this_project(folder: Path) -> int:
         rename_extra_special_tokens(folder / position_type)
         if position_type != "absolute":
             model = model_class.from_pretrained(GOLDEN / position_type)
-            grow_positions(model, tokenizer, GROWN_LENGTH)
+            resize_position_embeddings(model, tokenizer, GROWN_LENGTH)
             model.save_pretrained(folder / f"{position_type}_longer")
     return 0
 

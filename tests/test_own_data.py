@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from test_report import report
-from test_run_squad import QUICK, printed_metrics, refusal
+from test_run_squad import QUICK, printed_scores, refusal
 from tiny import read, tiny_bert, tiny_questions
 
 import run_squad
@@ -52,14 +52,14 @@ def test_repaired_answers_are_listed(inputs, tmp_path, capsys):
 
     # Unfinished, it goes on with the same answers only.
     (out / "run_state.json").write_text(json.dumps({**read(out, "run_state.json"), "status": "training"}))
-    line = refusal(capsys, *command(inputs, out, "moved", "--save_steps", "1", "--misplaced_answers", "drop"))
+    line = refusal(capsys, command(inputs, out, "moved", "--save_steps", "1", "--misplaced_answers", "drop"))
     assert "belongs to another run" in line and "training data" in line
 
     # Of a run without repairs there is no such file, and of another's none is overwritten.
     run_squad.main(command(inputs, out, "train", "--overwrite_output_dir", "--max_steps", "1"))
     assert not (out / "repaired_answers.json").exists()
     (tmp_path / "repaired_answers.json").write_text("[]")
-    line = refusal(capsys, *command(inputs, tmp_path, "moved"))
+    line = refusal(capsys, command(inputs, tmp_path, "moved"))
     assert "holds repaired_answers.json of something else" in line
     assert (tmp_path / "repaired_answers.json").read_text() == "[]"
 
@@ -68,7 +68,7 @@ def test_drop_and_refuse(inputs, tmp_path, capsys):
     run_squad.main(command(inputs, tmp_path / "out", "moved", "--misplaced_answers", "drop"))
     assert read(tmp_path / "out", "train_results.json")["train_samples"] == 9
     assert [c["repaired_start"] for c in read(tmp_path / "out", "repaired_answers.json")] == [None] * 3
-    line = refusal(capsys, *command(inputs, tmp_path / "no", "moved", "--misplaced_answers", "refuse"))
+    line = refusal(capsys, command(inputs, tmp_path / "no", "moved", "--misplaced_answers", "refuse"))
     assert "3 of 12 questions have an answer" in line and "train-1-0, train-2-0, train-3-1" in line
     assert not (tmp_path / "no").exists()
 
@@ -87,10 +87,10 @@ def test_validation_split(inputs, tmp_path, capsys):
     assert {result.dataset_name for result in card.data.eval_results} == {"34% of the contexts of moved.json, held out"}
 
     # The trained model alone is evaluated on the same questions, and the report finds them.
-    metrics = printed_metrics(capsys)
+    metrics = printed_scores(capsys)
     argv = ["--model_name_or_path", str(out), "--output_dir", str(out), *QUICK, "--train_file", inputs["moved"], *more]
     run_squad.main(argv)
-    assert printed_metrics(capsys) == metrics and read(out, "eval_predictions.json").keys() == held_out
+    assert printed_scores(capsys) == metrics and read(out, "eval_predictions.json").keys() == held_out
     report.main([str(out)])
     assert all(id_ in (out / "report.html").read_text(encoding="utf-8") for id_ in held_out)
 
@@ -107,8 +107,8 @@ def test_validation_split_beside_validation_questions_has_no_effect(inputs, tmp_
 
 def test_validation_split_that_cannot_be(inputs, tmp_path, capsys):
     for percentage in ("0", "100"):
-        line = refusal(capsys, *command(inputs, tmp_path, "train", "--validation_split_percentage", percentage))
+        line = refusal(capsys, command(inputs, tmp_path, "train", "--validation_split_percentage", percentage))
         assert f"--validation_split_percentage is {percentage}, must be from 1 to 99" in line
     argv = ["--model_name_or_path", inputs["bert"], "--output_dir", str(tmp_path), "--do_eval"]
-    assert "--train_file with --validation_split_percentage" in refusal(capsys, *argv)
-    assert "--do_eval needs data" in refusal(capsys, *argv, "--validation_split_percentage", "10")
+    assert "--train_file with --validation_split_percentage" in refusal(capsys, argv)
+    assert "--do_eval needs data" in refusal(capsys, [*argv, "--validation_split_percentage", "10"])
