@@ -210,7 +210,8 @@ def _check_start_stays(folder: Path, settings: dict) -> None:
 
 
 def _check_is_free(folder: Path, named: str | None) -> None:
-    held = [path.name for name in ("config.json", "train_results.json", "checkpoint-*") for path in folder.glob(name)]
+    names = ("config.json", "train_results.json", REPAIRED_ANSWERS, "checkpoint-*")
+    held = [path.name for name in names for path in folder.glob(name)]
     if held and not (named and _is_checkpoint_in(folder, named)):
         raise QAError(
             f"--output_dir {folder} holds {held[0]} of something else: name another folder, or give "
