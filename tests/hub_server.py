@@ -9,23 +9,22 @@ import io
 import json
 import os
 import re
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode
 
 import torch
+import yaml
 from datasets import Dataset
-from hub_cache import as_strings
 from safetensors.torch import save as safetensors_bytes
 from tiny import PEOPLE, TOWNS, WORDS, tiny_questions
-from transformers import BertTokenizerFast
+from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
-from qa.read_squad import read_squad_file
+from qa.read_squad import EXAMPLE_FEATURES
 
 ENTRIES_A_PAGE = 3  # the hub's pages hold 1000; here more than one is needed all the same
 LARGE = (".bin", ".h5", ".msgpack", ".parquet", ".safetensors")  # kept outside of git
@@ -35,6 +34,11 @@ LEGACY_NAMES = {
     ("datasets", "squad"): "rajpurkar/squad",
     ("datasets", "squad_v2"): "rajpurkar/squad_v2",
 }
+# Addresses, each with the kind and the id of a repository; an id of one word is a legacy name.
+VERBS = "revision|tree|paths-info|auth-check"
+API = rf"/api/(models|datasets)/([^/]+(?:/(?!(?:{VERBS})\b)[^/]+)?)(?:/(?P<verb>{VERBS})/?(?P<rest>.*))?"
+CACHED = r"/api/resolve-cache/(models|datasets)/([^/]+/[^/]+)/[0-9a-f]{40}/(?P<file>.+)"
+RESOLVE = r"/(datasets(?=/))?/?([^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
 
 
 # ---- Server ----
@@ -48,9 +52,8 @@ class Repository:
 
     @property
     def commit(self) -> str:
-        return hashlib.sha1(
-            repr(sorted((name, _sha256(data)) for name, data in self.files.items())).encode()
-        ).hexdigest()
+        names = sorted((name, _sha256(data)) for name, data in self.files.items())
+        return hashlib.sha1(repr(names).encode()).hexdigest()
 
     def entry(self, path: str) -> dict:
         data = self.files[path]
@@ -61,14 +64,11 @@ class Repository:
             entry["lfs"] = {"oid": _sha256(data), "size": len(data), "pointerSize": len(pointer)}
         return entry
 
-    def tree(self, folder: str, recursive: bool) -> list[dict] | None:
-        """The entries under `folder` ("" is the root); None where there is no such folder."""
+    def tree(self, folder: str, recursive: bool) -> list[dict]:
+        """The entries under `folder` ("" is the root)."""
         prefix = f"{folder}/" if folder else ""
-        below = sorted(path for path in self.files if path.startswith(prefix))
-        if not below:
-            return None
         entries = {}
-        for path in below:
+        for path in sorted(path for path in self.files if path.startswith(prefix)):
             parts = path.removeprefix(prefix).split("/")
             for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
                 name = prefix + "/".join(parts[:depth])
@@ -79,32 +79,18 @@ class Repository:
 
 
 class Hub:
-    """Repositories by ("models" or "datasets", id), and the faults that are switched on.
-
-    `status`: every request is answered with it. `break_off`: after how many bytes the download of a file with
-    this content breaks off, each time. `deaf`: requests are taken and never answered.
-
-    `requests`: (method, path with query, status) of all that was asked.
-    """
+    """Repositories by ("models" or "datasets", id), the `tokens` that it knows, and the paths of all `requests`."""
 
     def __init__(self, repositories: dict[tuple[str, str], Repository]):
         self.repositories = repositories
         self.tokens: set[str] = set()
         self.status: int | None = None
         self.break_off: dict[bytes, int] = {}
-        self.deaf = False
-        self.requests: list[tuple[str, str, int]] = []
-        self._servers: list[ThreadingHTTPServer] = []
+        self.requests: list[str] = []
         self._ports = (0, 0)
         self.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._ports[0]}"
-
-    @property
-    def cdn_url(self) -> str:
-        return f"http://localhost:{self._ports[1]}"  # another host than the hub's, as clients see it
+        self.url = f"http://127.0.0.1:{self._ports[0]}"
+        self.storage_url = f"http://localhost:{self._ports[1]}"  # another host than the hub's, as clients see it
 
     def start(self) -> None:
         handlers = (type("Handler", (base,), {"hub": self}) for base in (_HubHandler, _CdnHandler))
@@ -120,13 +106,17 @@ class Hub:
             server.server_close()
 
     @contextmanager
-    def fault(self, **faults) -> Iterator[None]:
-        for name, value in faults.items():
-            setattr(self, name, value)
+    def fault(self, status: int | None = None, break_off: dict[bytes, int] | None = None, stopped: bool = False):
+        """Every request gets `status`; or the download of these contents ends after so many bytes; or none connects."""
+        self.status, self.break_off = status, break_off or {}
+        if stopped:
+            self.stop()
         try:
             yield
         finally:
-            self.status, self.break_off, self.deaf = None, {}, False
+            self.status, self.break_off = None, {}
+            if stopped:
+                self.start()
 
     def environment(self, home: Path, **variables: str) -> dict[str, str]:
         """The variables of a process that has nothing but this hub, and `home` for what it gets from there."""
@@ -135,11 +125,14 @@ class Hub:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
-
     def handle_error(self, request, client_address):
         pass  # a client that has gone is no news
+
+
+class _Refusal(Exception):
+    def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
+        self.status, self.message = status, message
+        self.headers = headers | {"X_Error_Message": message} | ({"X_Error_Code": code} if code else {})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -149,218 +142,134 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_HEAD(self):
-        self._answer()
-
     def do_GET(self):
-        self._answer()
-
-    def do_POST(self):
-        self._answer()
-
-    def _answer(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
-        if self.hub.deaf:
-            threading.Event().wait(600)
-        elif self.hub.status is not None:
+        self.hub.requests.append(self.path)
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        if self.hub.status is not None:
             self.send(self.hub.status, b"Internal Error - We're working hard to fix this as soon as possible!")
-        else:
+            return
+        try:
             self.answer()
+        except _Refusal as refusal:
+            if self.path.startswith("/api/"):
+                self.send_json({"error": refusal.message}, refusal.status, **refusal.headers)
+            else:
+                self.send(refusal.status, refusal.message.encode(), **refusal.headers)
 
-    def send(self, status: int, content: bytes = b"", content_type: str = "text/plain; charset=utf-8", **headers):
-        self.hub.requests.append((self.command, self.path, status))
+    do_HEAD = do_POST = do_GET
+
+    def send(self, status: int, content: bytes = b"", **headers: str):
+        headers = {"Content_Type": "text/plain; charset=utf-8", "Content_Length": str(len(content))} | headers
         self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Request-Id", f"Root=1-{len(self.hub.requests):08x}")
-        for name, value in headers.items():
+        for name, value in (headers | {"X_Request_Id": f"Root=1-{len(self.hub.requests):08x}"}).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            kept = self.hub.break_off.get(content)  # the headers promise all, the connection ends early
+            self.wfile.write(content[:kept])
+            self.close_connection = self.close_connection or kept is not None
 
-    def send_file(self, name: str, data: bytes, **headers):
-        status, start, stop = 200, 0, len(data)
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            start, stop = int(wanted[1]), min(int(wanted[2]) + 1 if wanted[2] else len(data), len(data))
-            if start >= len(data):
-                return self.send(416, Content_Range=f"bytes */{len(data)}")
-            status = 206
-            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        headers |= {"Accept_Ranges": "bytes", "Content_Disposition": f'inline; filename="{name}";'}
-        kept = self.hub.break_off.get(data)
-        if kept is None or self.command == "HEAD":
-            return self.send(status, data[start:stop], "application/octet-stream", **headers)
-        # The headers promise all, the connection ends early.
-        self.hub.requests.append((self.command, self.path, status))
-        self.send_response(status)
-        self.send_header("Content-Length", str(stop - start))
-        for header, value in headers.items():
-            self.send_header(header.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data[start : max(start, min(stop, kept))])
-        self.wfile.flush()
-        self.close_connection = True
+    def send_json(self, value, status: int = 200, **headers: str):
+        self.send(status, json.dumps(value).encode(), Content_Type="application/json; charset=utf-8", **headers)
 
 
 class _CdnHandler(_Handler):
     def answer(self):
         if self.headers.get("Authorization"):  # as storage does with signed addresses
-            return self.send(400, b"<Error><Code>InvalidArgument</Code></Error>", "application/xml")
-        digest = urlsplit(self.path).path.removeprefix("/")
-        for repository in self.hub.repositories.values():
-            for path, data in repository.files.items():
-                if _sha256(data) == digest:
-                    return self.send_file(path.split("/")[-1], data, ETag=f'"{_git_oid(data)}"')
-        self.send(403, b"<Error><Code>AccessDenied</Code></Error>", "application/xml")
+            raise _Refusal(400, "<Error><Code>InvalidArgument</Code></Error>")
+        held = [data for repository in self.hub.repositories.values() for data in repository.files.values()]
+        data = next(data for data in held if _sha256(data) == self.path.removeprefix("/"))
+        self.send(200, data, Content_Type="application/octet-stream", ETag=f'"{_git_oid(data)}"')
 
 
 class _HubHandler(_Handler):
     def answer(self):
-        path, _, query = self.path.partition("?")
-        path = unquote(path)
-        api = re.match(r"/api/(models|datasets)/(?P<rest>.+)", path)
-        cached = re.match(r"/api/resolve-cache/(models|datasets)/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)", path)
-        resolve = re.fullmatch(r"/(datasets/)?(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rest>.+)", path)
+        path = unquote(self.path.partition("?")[0])
+        api, cached, resolve = (re.fullmatch(pattern, path) for pattern in (API, CACHED, RESOLVE))
+        wanted = api or cached or resolve
+        if wanted is None:
+            raise _Refusal(404, "Sorry, we can't find the page you are looking for.")
+        kind, id_ = wanted[1] or "models", wanted[2]
+        new_id = LEGACY_NAMES.get((kind, id_))
+        if (kind, new_id) in self.hub.repositories:
+            # Only the name changes; the address stays relative, and its escapes as they are.
+            location = self.path.replace(f"/{id_}", f"/{new_id}", 1)
+            raise _Refusal(307, f"Temporary Redirect. Redirecting to {location}", Location=location)
+        repository = self.repository(kind, id_, files=not api or api["verb"] not in (None, "revision"))
         if cached:
-            kind, id_, _, file = cached.groups()
-            repository = self.repository(kind, id_, files=True)
-            if repository:
-                data = repository.files[file]
-                self.send_file(file.split("/")[-1], data, ETag=f'"{_git_oid(data)}"', X_Repo_Commit=repository.commit)
-        elif api:
-            self.answer_api(api[1], api["rest"], parse_qs(query))
+            data = repository.files[cached["file"]]
+            self.send(200, data, ETag=f'"{_git_oid(data)}"', X_Repo_Commit=repository.commit)
         elif resolve:
-            kind = "datasets" if resolve[1] else "models"
-            if not self.redirected(kind, resolve["id"]):
-                self.answer_resolve(kind, resolve["id"], resolve["rest"])
+            self.check_revision(repository, resolve["revision"])
+            self.redirect_to_file(kind, id_, repository, resolve["file"])
         else:
-            self.refuse(404, "Sorry, we can't find the page you are looking for.")
+            self.answer_api(kind, id_, repository, api["verb"], api["rest"] or "")
 
-    def answer_api(self, kind: str, rest: str, query: dict):
-        # One word is a legacy name, unless it is all there is before a verb.
-        verbs = "revision|tree|paths-info|auth-check|commits|refs|discussions"
-        id_, _, verb, rest = re.fullmatch(rf"([^/]+(?:/(?!(?:{verbs})\b)[^/]+)?)(/({verbs})(?:/(.*))?)?", rest).groups()
-        if self.redirected(kind, id_):
-            return None
-        repository = self.repository(kind, id_, files=verb in ("tree", "paths-info", "auth-check"))
-        if repository is None:
-            return None
-        if verb in (None, "revision"):
-            if self.is_revision(repository, rest or "main"):
-                return self.send_json(self.facts(kind, id_, repository))
-        elif verb == "auth-check":
+    def answer_api(self, kind: str, id_: str, repository: Repository, verb: str | None, rest: str):
+        revision, _, folder = rest.partition("/")
+        if verb == "auth-check":
             return self.send(200, b"OK")
-        elif verb == "paths-info":
-            if self.is_revision(repository, rest):
-                paths = parse_qs(self.body.decode()).get("paths", [])
-                entries = {entry["path"]: entry for entry in repository.tree("", recursive=True)}
-                return self.send_json([entries[path] for path in paths if path in entries])
-        elif verb == "tree":
-            revision, _, folder = rest.partition("/")
-            if self.is_revision(repository, revision):
-                return self.send_tree(repository, revision, folder, query)
-        else:  # a reader has no business there
-            return self.refuse(403, "Discussions are disabled for this repo", "DiscussionsDisabled")
-        return None
+        self.check_revision(repository, revision or "main")
+        if verb == "tree":
+            return self.send_tree(repository, folder)
+        if verb == "paths-info":
+            paths = parse_qs(self.body).get("paths", [])
+            return self.send_json([entry for entry in repository.tree("", recursive=True) if entry["path"] in paths])
+        return self.send_json(self.facts(kind, id_, repository))
 
-    def send_tree(self, repository: Repository, revision: str, folder: str, query: dict):
-        entries = repository.tree(folder, recursive=query.get("recursive", ["false"])[0].lower() in ("true", "1"))
-        if entries is None:
-            return self.refuse(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
-        first = int(query.get("cursor", ["0"])[0])
-        last = first + min(ENTRIES_A_PAGE, int(query.get("limit", ["1000"])[0]))
-        headers = {}
-        if last < len(entries):
-            own_query = "&".join(f"{k}={quote(v[0])}" for k, v in query.items() if k != "cursor")
-            path = self.path.partition("?")[0]
-            headers["Link"] = f'<{self.hub.url}{path}?{own_query}&cursor={last}>; rel="next"'
-        return self.send_json(entries[first:last], **headers)
-
-    def answer_resolve(self, kind: str, id_: str, rest: str):
-        repository = self.repository(kind, id_, files=True)
-        if repository is None:
-            return None
-        revision = "refs/pr/" + rest.split("/")[2] if rest.startswith("refs/pr/") else rest.split("/")[0]
-        file = rest.removeprefix(f"{revision}/")
-        if not self.is_revision(repository, revision):
-            return None
-        if file not in repository.files:
-            return self.refuse(404, "Entry not found", "EntryNotFound", X_Repo_Commit=repository.commit)
-        data = repository.files[file]
-        headers = {"X_Repo_Commit": repository.commit, "X_Linked_Size": str(len(data)), "Accept_Ranges": "bytes"}
-        if file.endswith(LARGE):
-            headers |= {"X_Linked_ETag": f'"{_sha256(data)}"', "Location": f"{self.hub.cdn_url}/{_sha256(data)}"}
-            return self.send(302, b"Found. Redirecting to storage", **headers)
-        location = f"/api/resolve-cache/{kind}/{id_}/{repository.commit}/{quote(file)}"
-        headers |= {"X_Linked_ETag": f'"{_git_oid(data)}"', "Location": location}
-        return self.send(307, f"Temporary Redirect. Redirecting to {location}".encode(), **headers)
-
-    def redirected(self, kind: str, id_: str) -> bool:
-        new = LEGACY_NAMES.get((kind, id_))
-        if new is None or (kind, new) not in self.hub.repositories:
-            return False
-        # Only the name changes; the address stays relative, and its escapes as they are.
-        location = self.path.replace(f"/{id_}", f"/{new}", 1)
-        self.send(307, f"Temporary Redirect. Redirecting to {location}".encode(), Location=location)
-        return True
-
-    def repository(self, kind: str, id_: str, files: bool) -> Repository | None:
-        """The repository; None where an answer is sent because it is not there, or its `files` not for everyone."""
+    def repository(self, kind: str, id_: str, files: bool) -> Repository:
+        """Refuses where it is not there, or its `files` are not for everyone."""
         scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
         if scheme and token not in self.hub.tokens:
-            return self.refuse(401, "Invalid credentials in Authorization header")
+            raise _Refusal(401, "Invalid credentials in Authorization header")
         repository = self.hub.repositories.get((kind, id_))
         if repository is None and scheme:
-            return self.refuse(404, "Repository not found", "RepoNotFound")
+            raise _Refusal(404, "Repository not found", "RepoNotFound")
         if repository is None:
             challenge = 'Bearer realm="Authentication required", charset="UTF-8"'
-            return self.refuse(401, "Invalid username or password.", WWW_Authenticate=challenge)
+            raise _Refusal(401, "Invalid username or password.", WWW_Authenticate=challenge)
         if files and repository.gated and token not in repository.admitted:
             what = f"Access to {kind.removesuffix('s')} {id_} is restricted"
             if not scheme:
                 text = f"{what}. You must have access to it and be authenticated to access it. Please log in."
-                return self.refuse(401, text, "GatedRepo")
+                raise _Refusal(401, text, "GatedRepo")
             page = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{id_}"
-            return self.refuse(403, f"{what} and you are not in the authorized list. Visit {page}", "GatedRepo")
+            raise _Refusal(403, f"{what} and you are not in the authorized list. Visit {page}", "GatedRepo")
         return repository
 
-    def is_revision(self, repository: Repository, revision: str) -> bool:
-        if revision in ("main", repository.commit):
-            return True
-        self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return False
+    def check_revision(self, repository: Repository, revision: str) -> None:
+        if revision not in ("main", repository.commit):
+            raise _Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def facts(self, kind: str, id_: str, repository: Repository) -> dict:
-        facts = {
-            "_id": _sha256(id_.encode())[:24],
-            "id": id_,
-            "author": id_.split("/")[0],
-            "sha": repository.commit,
-            "private": False,
-            "gated": "auto" if repository.gated else False,
-            "disabled": False,
-            "downloads": 7,
-            "likes": 1,
-            "tags": [],
-            "createdAt": "2022-03-02T23:29:04.000Z",
-            "lastModified": "2024-02-19T11:06:12.000Z",
-            "siblings": [{"rfilename": path} for path in sorted(repository.files)],
-        }
+        facts = {"_id": _sha256(id_.encode())[:24], "id": id_, "author": id_.split("/")[0], "sha": repository.commit}
+        facts |= {"private": False, "gated": "auto" if repository.gated else False, "disabled": False, "tags": []}
+        facts |= {"createdAt": "2022-03-02T23:29:04.000Z", "lastModified": "2024-02-19T11:06:12.000Z"}
+        facts["siblings"] = [{"rfilename": path} for path in sorted(repository.files)]
         return facts | ({"modelId": id_, "library_name": "transformers"} if kind == "models" else {})
 
-    def refuse(self, status: int, message: str, code: str | None = None, **headers) -> None:
-        if code is not None:
-            headers["X_Error_Code"] = code
-        headers["X_Error_Message"] = message
-        if self.path.startswith("/api/"):
-            self.send_json({"error": message}, status, **headers)
-        else:
-            self.send(status, message.encode(), **headers)
+    def send_tree(self, repository: Repository, folder: str):
+        path, _, query = self.path.partition("?")
+        query = {name: values[0] for name, values in parse_qs(query).items()}
+        entries = repository.tree(folder, recursive=query.get("recursive", "false").lower() in ("true", "1"))
+        if not entries:
+            raise _Refusal(404, f"{folder} does not exist", "EntryNotFound")
+        first = int(query.get("cursor", 0))
+        last = first + ENTRIES_A_PAGE
+        following = f"{self.hub.url}{path}?{urlencode(query | {'cursor': last})}"
+        headers = {"Link": f'<{following}>; rel="next"'} if last < len(entries) else {}
+        self.send_json(entries[first:last], **headers)
 
-    def send_json(self, value, status: int = 200, **headers):
-        self.send(status, json.dumps(value).encode(), "application/json; charset=utf-8", **headers)
+    def redirect_to_file(self, kind: str, id_: str, repository: Repository, file: str):
+        if file not in repository.files:
+            raise _Refusal(404, "Entry not found", "EntryNotFound", X_Repo_Commit=repository.commit)
+        data = repository.files[file]
+        status, etag, location = 302, _sha256(data), f"{self.hub.storage_url}/{_sha256(data)}"
+        if not file.endswith(LARGE):
+            status, etag = 307, _git_oid(data)
+            location = f"/api/resolve-cache/{kind}/{id_}/{repository.commit}/{quote(file)}"
+        headers = {"X_Repo_Commit": repository.commit, "X_Linked_Size": str(len(data)), "X_Linked_ETag": f'"{etag}"'}
+        self.send(status, f"Redirecting to {location}".encode(), Location=location, **headers)
 
 
 def _sha256(data: bytes) -> str:
@@ -379,7 +288,7 @@ RELATIVE_LARGE = "zhiheng-huang/bert-large-uncased-whole-word-masking-embedding-
 GOOGLE_BASE = "google-bert/bert-base-uncased"
 GOOGLE_LARGE = "google-bert/bert-large-uncased-whole-word-masking"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TOWNS, *PEOPLE, *WORDS]
-HIDDEN, HEADS, INTERMEDIATE, POSITIONS = 16, 2, 32, 512
+VOCAB_TXT = "".join(f"{word}\n" for word in VOCABULARY).encode()
 
 
 def published(folder: Path, train: int = 24, validation: int = 6) -> dict[tuple[str, str], Repository]:
@@ -398,45 +307,35 @@ def published(folder: Path, train: int = 24, validation: int = 6) -> dict[tuple[
 
 def relative_bert(position_embedding_type: str, legacy_file: bool) -> Repository:
     """As Huang et al. have put theirs on the hub in 2020: a configuration, vocab.txt, and torch's file."""
-    config = bert_config(position_embedding_type) | {
-        "architectures": ["BertForMaskedLM"],
-        "gradient_checkpointing": False,
-    }
-    config |= {"transformers_version": "4.0.0-rc-1", "directionality": "bidi", "use_cache": True}
-    weights = bert_weights(position_embedding_type)
-    head = HIDDEN // HEADS
-    weights["bert.encoder.layer.0.attention.self.distance_embedding.weight"] = _random(2 * POSITIONS - 1, head)
-    weights["bert.embeddings.position_ids"] = torch.arange(POSITIONS)[None]
+    weights = bert_weights(seed=1)
+    positions = len(weights["bert.embeddings.position_embeddings.weight"])
+    head = "bert.encoder.layer.0.attention.self.distance_embedding.weight"
+    weights[head] = 0.1 * torch.randn(2 * positions - 1, 8)
+    weights["bert.embeddings.position_ids"] = torch.arange(positions)[None]
     weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]  # tied, and shared
     weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
-    return Repository(
-        {
-            ".gitattributes": b"*.bin filter=lfs diff=lfs merge=lfs -text\n",
-            "README.md": b"## BERT with relative positions\n",
-            "config.json": _json(config),
-            "pytorch_model.bin": torch_file(weights, legacy_file),
-            "vocab.txt": _vocab(),
-        }
-    )
+    files = {
+        ".gitattributes": b"*.bin filter=lfs diff=lfs merge=lfs -text\n",
+        "README.md": b"## BERT with relative positions\n",
+        "config.json": config_json(position_embedding_type, transformers_version="4.0.0-rc-1", directionality="bidi"),
+        "pytorch_model.bin": torch_file(weights, legacy_file),
+        "vocab.txt": VOCAB_TXT,
+    }
+    return Repository(files)
 
 
 def google_bert(with_tokenizer_json: bool) -> Repository:
     """As Google's: safetensors under TensorFlow's names of LayerNorm, and files of other libraries beside it."""
-    config = bert_config("absolute") | {"architectures": ["BertForMaskedLM"], "gradient_checkpointing": False}
-    config |= {"transformers_version": "4.6.0.dev0", "use_cache": True}
-    weights = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-        for name, tensor in bert_weights("absolute").items()
-    }
-    weights |= {"cls.seq_relationship.weight": _random(2, HIDDEN), "cls.seq_relationship.bias": _random(2)}
+    google = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    weights = {re.sub("|".join(google), lambda ours: google[ours[0]], n): w for n, w in bert_weights(seed=2).items()}
     files = {
         ".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
         "README.md": b"---\nlanguage: en\nlicense: apache-2.0\ntags:\n- exbert\n---\n\n# BERT\n",
-        "config.json": _json(config),
+        "config.json": config_json("absolute", transformers_version="4.6.0.dev0"),
         "flax_model.msgpack": b"not for us" * 20,
         "model.safetensors": safetensors_bytes(weights, metadata={"format": "pt"}),
         "tf_model.h5": b"not for us" * 30,
-        "vocab.txt": _vocab(),
+        "vocab.txt": VOCAB_TXT,
         "tokenizer_config.json": b'{"do_lower_case": true, "model_max_length": 512}',
     }
     if with_tokenizer_json:
@@ -445,46 +344,21 @@ def google_bert(with_tokenizer_json: bool) -> Repository:
     return Repository(files)
 
 
-def bert_config(position_embedding_type: str) -> dict:
-    return {
-        "attention_probs_dropout_prob": 0.1,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "hidden_size": HIDDEN,
-        "initializer_range": 0.02,
-        "intermediate_size": INTERMEDIATE,
-        "layer_norm_eps": 1e-12,
-        "max_position_embeddings": POSITIONS,
-        "model_type": "bert",
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": 1,
-        "pad_token_id": 0,
-        "position_embedding_type": position_embedding_type,
-        "type_vocab_size": 2,
-        "vocab_size": len(VOCABULARY),
-    }
+def config_json(position_embedding_type: str, **settings) -> bytes:
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, type_vocab_size=2)
+    sizes |= dict(vocab_size=len(VOCABULARY), max_position_embeddings=512, pad_token_id=0, layer_norm_eps=1e-12)
+    settings |= dict(architectures=["BertForMaskedLM"], model_type="bert", hidden_act="gelu", initializer_range=0.02)
+    settings |= dict(attention_probs_dropout_prob=0.1, hidden_dropout_prob=0.1, gradient_checkpointing=False)
+    settings |= dict(position_embedding_type=position_embedding_type, use_cache=True)
+    return (json.dumps(sizes | settings, indent=2, sort_keys=True) + "\n").encode()
 
 
-def bert_weights(seed: str) -> dict[str, torch.Tensor]:
-    """A BERT of one layer that was pretrained: pooler and the head of the masked words, under torch's names."""
-    torch.manual_seed(struct.unpack("I", hashlib.sha256(seed.encode()).digest()[:4])[0])
-    weights = {}
-    for name, rows in [("word", len(VOCABULARY)), ("position", POSITIONS), ("token_type", 2)]:
-        weights[f"bert.embeddings.{name}_embeddings.weight"] = _random(rows, HIDDEN)
-    layer = "bert.encoder.layer.0"
-    for name, rows, columns in [
-        *((f"{layer}.attention.self.{name}", HIDDEN, HIDDEN) for name in ("query", "key", "value")),
-        (f"{layer}.attention.output.dense", HIDDEN, HIDDEN),
-        (f"{layer}.intermediate.dense", INTERMEDIATE, HIDDEN),
-        (f"{layer}.output.dense", HIDDEN, INTERMEDIATE),
-        ("bert.pooler.dense", HIDDEN, HIDDEN),
-        ("cls.predictions.transform.dense", HIDDEN, HIDDEN),
-    ]:
-        weights |= {f"{name}.weight": _random(rows, columns), f"{name}.bias": _random(rows)}
-    for name in ("bert.embeddings", f"{layer}.attention.output", f"{layer}.output", "cls.predictions.transform"):
-        weights |= {f"{name}.LayerNorm.weight": 1 + _random(HIDDEN), f"{name}.LayerNorm.bias": _random(HIDDEN)}
-    weights["cls.predictions.bias"] = _random(len(VOCABULARY))
-    return weights
+def bert_weights(seed: int) -> dict[str, torch.Tensor]:
+    """Of a pretrained BERT: pooler, the heads of the masked words and of the next sentence, under torch's names."""
+    torch.manual_seed(seed)
+    model = BertForPreTraining(BertConfig.from_dict(json.loads(config_json("absolute"))))
+    weights = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in model.state_dict().items()}
+    return {name: weight for name, weight in weights.items() if "decoder" not in name}  # tied
 
 
 def torch_file(weights: dict[str, torch.Tensor], legacy: bool) -> bytes:
@@ -496,35 +370,28 @@ def torch_file(weights: dict[str, torch.Tensor], legacy: bool) -> bytes:
 
 def squad(folder: Path, config: str, version_2: bool, train: int, validation: int) -> Repository:
     """SQuAD as Parquet, and the card that says so."""
-    files, splits = {}, ""
+    files, splits, data_files = {".gitattributes": b"*.parquet filter=lfs diff=lfs merge=lfs -text\n"}, [], []
     for split, questions in (("train", train), ("validation", validation)):
         file = tiny_questions(Path(folder, f"{config}-{split}.json"), paragraphs=questions // 2, version_2=version_2)
-        rows: Dataset = read_squad_file(file, cache_dir=str(folder / "cache"))
+        rows = Dataset.from_list(list(_rows(json.loads(Path(file).read_text()))), features=EXAMPLE_FEATURES)
         buffer = io.BytesIO()
-        rows.cast(as_strings(rows.features)).to_parquet(buffer)
+        rows.to_parquet(buffer)
         files[f"{config}/{split}-00000-of-00001.parquet"] = buffer.getvalue()
-        splits += f"  - name: {split}\n    num_bytes: {rows.data.nbytes}\n    num_examples: {len(rows)}\n"
-    strings = "".join(f"  - name: {name}\n    dtype: string\n" for name in ("id", "title", "context", "question"))
-    answers = "  - name: answers\n    sequence:\n    - name: text\n      dtype: string\n"
-    answers += "    - name: answer_start\n      dtype: int32\n"
-    data_files = "".join(f"  - split: {s}\n    path: {config}/{s}-*\n" for s in ("train", "validation"))
-    files["README.md"] = (
-        f"---\nlanguage:\n- en\nlicense: cc-by-sa-4.0\ntask_categories:\n- question-answering\npretty_name: SQuAD\n"
-        f"dataset_info:\n  config_name: {config}\n  features:\n{strings}{answers}  splits:\n{splits}"
-        f"  download_size: {sum(map(len, files.values()))}\n  dataset_size: 1\n"
-        f"configs:\n- config_name: {config}\n  default: true\n  data_files:\n{data_files}---\n\n# SQuAD\n"
-    ).encode()
-    files[".gitattributes"] = b"*.parquet filter=lfs diff=lfs merge=lfs -text\n"
-    return Repository(files)
+        splits.append({"name": split, "num_bytes": rows.data.nbytes, "num_examples": len(rows)})
+        data_files.append({"split": split, "path": f"{config}/{split}-*"})
+    features = [{"name": name, "dtype": "string"} for name in ("id", "title", "context", "question")]
+    answer = [{"name": "text", "dtype": "string"}, {"name": "answer_start", "dtype": "int32"}]
+    features.append({"name": "answers", "sequence": answer})
+    info = {"config_name": config, "features": features, "splits": splits, "download_size": 1, "dataset_size": 1}
+    configs = [{"config_name": config, "default": True, "data_files": data_files}]
+    card = yaml.safe_dump({"license": "cc-by-sa-4.0", "dataset_info": info, "configs": configs})
+    return Repository(files | {"README.md": f"---\n{card}---\n\n# SQuAD\n".encode()})
 
 
-def _random(*shape: int) -> torch.Tensor:
-    return 0.1 * torch.randn(*shape)
-
-
-def _vocab() -> bytes:
-    return "".join(f"{word}\n" for word in VOCABULARY).encode()
-
-
-def _json(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+def _rows(squad: dict) -> Iterator[dict]:
+    for article in squad["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                answers = {name: [gold[name] for gold in question["answers"]] for name in ("text", "answer_start")}
+                texts = {"title": article["title"], "context": paragraph["context"], "question": question["question"]}
+                yield {"id": question["id"], **texts, "answers": answers}

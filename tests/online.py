@@ -5,11 +5,11 @@ The libraries read HF_ENDPOINT and HF_HOME once, when they are imported; so this
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,6 @@ class Outcome:
     status: int
     out: str
     err: str
-    seconds: float
 
     @property
     def lines(self) -> list[str]:
@@ -34,53 +33,45 @@ class Programs:
     def __init__(self, environment: dict[str, str]):
         self.home = environment["HF_HOME"]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")])
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "import online; online.serve()"],
-            stdin=subprocess.PIPE,
-            env={**environment, "PYTHONPATH": path},
-            text=True,
-        )
+        command = [sys.executable, "-c", "import online; online.serve()"]
+        environment = environment | {"PYTHONPATH": path}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True)
 
-    def start(self, program: str, *argv, **environment: str) -> Path:
+    def start(self, program: str, *argv) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="online-"))
-        order = {"program": program, "argv": [str(arg) for arg in argv], "env": environment, "folder": str(folder)}
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps([program, [str(arg) for arg in argv], str(folder)]) + "\n")
         self._process.stdin.flush()
         return folder
 
-    def outcome(self, folder: Path, timeout: float = 120) -> Outcome:
-        end = time.monotonic() + timeout
+    def outcome(self, folder: Path) -> Outcome:
+        end = time.monotonic() + 120
         while not (folder / "done").exists():
             assert time.monotonic() < end, (folder / "err").read_text()
-            time.sleep(0.05)
-        status, seconds = json.loads((folder / "done").read_text())
-        return Outcome(status, (folder / "out").read_text(), (folder / "err").read_text(), seconds)
+            time.sleep(0.02)
+        return Outcome(int((folder / "done").read_text()), (folder / "out").read_text(), (folder / "err").read_text())
 
-    def run(self, program: str, *argv, **environment: str) -> Outcome:
-        return self.outcome(self.start(program, *argv, **environment))
+    def run(self, program: str, *argv) -> Outcome:
+        return self.outcome(self.start(program, *argv))
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(30)
+        self._process.kill()
+        self._process.wait()
 
 
 def serve() -> None:
     import ask
 
     import run_squad
+    from qa import hub
 
-    mains = {"ask": ask.main, "run_squad": run_squad.main}
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    hub.WAIT = 1
     for line in sys.stdin:
-        order = json.loads(line)
+        program, argv, folder = json.loads(line)
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _run(mains[order["program"]], order["argv"], order["env"], Path(order["folder"]))
+            _run({"ask": ask.main, "run_squad": run_squad.main}[program], argv, Path(folder))
 
 
-def _run(main, argv: list[str], environment: dict[str, str], folder: Path) -> None:
-    start = time.monotonic()
-    os.environ.update(environment)
+def _run(main, argv: list[str], folder: Path) -> None:
     for number, name in ((0, os.devnull), (1, folder / "out"), (2, folder / "err")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
@@ -90,10 +81,8 @@ def _run(main, argv: list[str], environment: dict[str, str], folder: Path) -> No
     except SystemExit as end:
         status = end.code
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    (folder / "writing").write_text(json.dumps([status, time.monotonic() - start]))
+    (folder / "writing").write_text(str(status))
     os.replace(folder / "writing", folder / "done")
     os._exit(0)

@@ -6,30 +6,20 @@ import logging
 import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from datasets import Dataset
 from hub_cache import cache_dataset
-from hub_server import (
-    GOOGLE_BASE,
-    RELATIVE_BASE,
-    RELATIVE_KEY,
-    Hub,
-    Repository,
-    bert_weights,
-    google_bert,
-    published,
-    squad,
-    torch_file,
-)
-from online import Programs
+from hub_server import GOOGLE_BASE, RELATIVE_BASE, RELATIVE_KEY, Hub, Repository, bert_weights, published, torch_file
+from online import Outcome, Programs
 from tiny import tiny_bert, tiny_questions
 
 import run_squad
-from qa import processes
+from qa import distributed
+from qa.hub import loading
 from qa.read_squad import EXAMPLE_FEATURES, load_examples
 
 ROOT = Path(run_squad.__file__).parent
-VALIDATION = "plain_text/validation-00000-of-00001.parquet"
 TOKEN = "hf_admitted"
 WINDOWS = "--max_seq_length 64 --doc_stride 16".split()
 OUR_LINE = re.compile(r"\d\d:\d\d:\d\d (INFO|WARNING) |run_squad\.py: |ask\.py: ")
@@ -39,35 +29,24 @@ OUR_LINE = re.compile(r"\d\d:\d\d:\d\d (INFO|WARNING) |run_squad\.py: |ask\.py: 
 def inputs(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "text.txt").write_text("anna lives in rome . ben lives in paris .")
-    return {
-        "bert": tiny_bert(folder / "bert"),
-        "questions": tiny_questions(folder / "questions.json"),
-        "text": str(folder / "text.txt"),
-    }
-
-
-def files_of(folder: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    bert, questions = tiny_bert(folder / "bert"), tiny_questions(folder / "questions.json")
+    return {"bert": bert, "questions": questions, "text": str(folder / "text.txt")}
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, inputs):
-    """The published repositories; a model that answers; and both kinds behind a gate."""
-    folder = tmp_path_factory.mktemp("repositories")
-    repositories = published(folder)
-    trained = files_of(inputs["bert"]) | {"qa_settings.json": b'{"n_best_size": 2}'}
-    repositories["models", "somebody/trained"] = Repository(trained)
-    for seed in (2, 3):
-        other = files_of(tiny_bert(folder / "bert", seed=seed)) | {"qa_settings.json": b'{"n_best_size": %d}' % seed}
-        repositories["models", f"somebody/trained-{seed}"] = Repository(other)
+    """The published repositories; models that answer; both kinds behind a gate; and a model that nobody can load."""
+    repositories = published(tmp_path_factory.mktemp("repositories"))
+    trained = {path.name: path.read_bytes() for path in Path(inputs["bert"]).iterdir()}
+    repositories["models", "somebody/no-settings"] = Repository(trained)
+    repositories["models", "somebody/trained"] = Repository(trained | {"qa_settings.json": b'{"n_best_size": 2}'})
     repositories["models", "somebody/gated"] = Repository(trained, gated=True, admitted={TOKEN})
-    gated = squad(folder, "plain_text", False, 4, 4)
-    gated.gated, gated.admitted = True, {TOKEN}
-    repositories["datasets", "somebody/gated-squad"] = gated
-    plain = google_bert(with_tokenizer_json=False).files
-    plain["pytorch_model.bin"] = torch_file(bert_weights("absolute"), legacy=False)
-    del plain["model.safetensors"]
-    repositories["models", "somebody/absolute-bin"] = Repository(plain)
+    squad = repositories["datasets", "rajpurkar/squad"].files
+    repositories["datasets", "somebody/gated-squad"] = Repository(squad, gated=True, admitted={TOKEN})
+    absolute = repositories["models", GOOGLE_BASE].files | {"pytorch_model.bin": torch_file(bert_weights(3), False)}
+    del absolute["model.safetensors"]
+    repositories["models", "somebody/absolute-bin"] = Repository(absolute)
+    repositories["models", "somebody/no-config"] = Repository({"README.md": b"# Soon\n"})
     hub = Hub(repositories)
     hub.tokens |= {TOKEN, "hf_not_admitted"}
     yield hub
@@ -77,299 +56,215 @@ def hub(tmp_path_factory, inputs):
 @pytest.fixture(scope="module")
 def programs(hub, tmp_path_factory):
     programs = Programs(hub.environment(tmp_path_factory.mktemp("home")))
+    assert programs.run("ask", "--help").status == 0  # all is imported
     yield programs
     programs.close()
 
 
-def model_flags(inputs, name: str) -> list[str]:
-    return ["--model_name_or_path", name, "--validation_file", inputs["questions"], "--do_eval", *WINDOWS]
-
-
-def tokenizer_flags(inputs, name: str) -> list[str]:
-    return [*model_flags(inputs, inputs["bert"]), "--tokenizer_name", name]
-
-
-def dataset_flags(inputs, name: str) -> list[str]:
-    return ["--model_name_or_path", inputs["bert"], "--dataset_name", name, "--do_eval", *WINDOWS]
-
-
-def start_each(programs, inputs, folder: Path, model: str, dataset: str, *flags: str) -> dict[str, Path]:
-    """A run for each thing that comes from the hub, each with a cache of its own."""
-    started = {}
-    for kind, argv in [
-        ("configuration", model_flags(inputs, model)),
-        ("tokenizer", tokenizer_flags(inputs, model)),
-        ("dataset", dataset_flags(inputs, dataset)),
-    ]:
-        own = ["--output_dir", folder / kind / "out", "--cache_dir", folder / kind / "cache"]
-        started[kind] = programs.start("run_squad", *argv, *own, *flags)
-    ask = [model, "--context_file", inputs["text"], "--question", "who lives in rome ?", *WINDOWS]
-    started["ask"] = programs.start("ask", *ask)
-    return started
-
-
-WHAT = {
-    "configuration": "run_squad.py: error: cannot load a configuration from {model}: ",
-    "tokenizer": "run_squad.py: error: cannot load a tokenizer from {model}: ",
-    "dataset": "run_squad.py: error: --dataset_name {dataset}: cannot be loaded from the hub or its cache: ",
-    "ask": "ask.py: error: cannot load a configuration from {model}: ",
-}
-
-
-def check_each(programs, started, model: str, dataset: str, says: str, notes: int = 0) -> None:
-    """Each ends with status 2 and one line that names the thing and `says`, after `notes` lines of ours."""
-    for kind, folder in started.items():
-        outcome = programs.outcome(folder)
-        assert (outcome.status, outcome.out) == (2, ""), outcome.err
-        assert len(outcome.lines) == notes + 1, outcome.err
-        assert outcome.lines[-1].startswith(WHAT[kind].format(model=model, dataset=dataset)), outcome.err
-        assert re.search(says, outcome.lines[-1]), outcome.err
-        assert all(OUR_LINE.match(line) for line in outcome.lines)
-        assert outcome.seconds < 30
+def start(programs, inputs, folder: Path, kind: str, name: str, *flags: str) -> Path:
+    """A run that loads the `kind` by this name; of run_squad.py, with a cache of its own in `folder`."""
+    if kind == "ask":
+        question = ["--context_file", inputs["text"], "--question", "who lives in rome ?", "--json"]
+        return programs.start("ask", name, *question, *WINDOWS, *flags)
+    model = name if kind == "model" else inputs["bert"]
+    argv = ["--model_name_or_path", model, "--output_dir", folder / "out", "--cache_dir", folder / "cache", "--do_eval"]
+    argv += ["--dataset_name", name] if kind == "dataset" else ["--validation_file", inputs["questions"]]
+    argv += ["--tokenizer_name", name] if kind == "tokenizer" else []
+    return programs.start("run_squad", *argv, *WINDOWS, *flags)
 
 
 # ---- Errors ----
 
-
-def test_what_is_not_there(programs, inputs, tmp_path):
-    started = start_each(programs, inputs, tmp_path, "somebody/none", "none")
-    says = r"on the hub no (model|dataset) of that name, or it is private: check the name; .*`hf auth login`"
-    check_each(programs, started, "somebody/none", "none", says)
-    started = start_each(programs, inputs, tmp_path / "token", "none", "somebody/none", "--token", TOKEN)
-    del started["ask"]
-    check_each(programs, started, "none", "somebody/none", says)
-
-
-def test_what_is_gated(hub, programs, inputs, tmp_path):
-    model, dataset = "somebody/gated", "somebody/gated-squad"
-    says = rf"have accepted its terms: accept them at {hub.url}/(datasets/)?somebody/gated.*`hf auth login`.*--token"
-    check_each(programs, start_each(programs, inputs, tmp_path / "a", model, dataset), model, dataset, says)
-    flags = ["--token", "hf_not_admitted"]
-    started = start_each(programs, inputs, tmp_path / "b", model, dataset, *flags)
-    del started["ask"]
-    check_each(programs, started, model, dataset, says)
-    started = start_each(programs, inputs, tmp_path / "c", model, dataset, "--token", "hf_mistyped")
-    del started["ask"]
-    check_each(programs, started, model, dataset, "the hub does not know the token")
-    started = start_each(programs, inputs, tmp_path / "d", model, dataset, "--token", TOKEN)
-    del started["ask"]
-    for folder in started.values():
-        assert programs.outcome(folder).status == 0, programs.outcome(folder).err
-
-
-def test_a_revision_that_is_not_there(programs, inputs, tmp_path):
-    argv = [*model_flags(inputs, "somebody/trained"), "--output_dir", tmp_path, "--model_revision", "v9"]
-    outcome = programs.run("run_squad", *argv)
-    assert outcome.status == 2
-    (line,) = outcome.lines
-    assert "cannot load a configuration from somebody/trained: on the hub it has no revision v9" in line
+NOT_THERE = r"on the hub no (model|dataset) of that name, or it is private: check the name; .*`hf auth login`"
+GATED = r"have accepted its terms: accept them at http\S+/(datasets/)?somebody/gated.*`hf auth login`.*--token"
+UNKNOWN_TOKEN = "the hub does not know the token: say who you are"
+WHAT = {
+    "model": r"run_squad\.py: error: cannot load a configuration from {}: ",
+    "tokenizer": r"run_squad\.py: error: cannot load a tokenizer from {}: ",
+    "dataset": r"run_squad\.py: error: --dataset_name {}: cannot be loaded from the hub or its cache: ",
+    "ask": r"ask\.py: error: cannot load a configuration from {}: ",
+}
+# What is loaded, its name, flags, and what the one line says; None where all is well
+ONLINE = [
+    ("model", "somebody/none", [], NOT_THERE),
+    ("tokenizer", "none", ["--token", TOKEN], NOT_THERE),
+    ("dataset", "none", [], NOT_THERE),
+    ("dataset", "somebody/none", ["--token", TOKEN], NOT_THERE),
+    ("ask", "somebody/none", [], NOT_THERE),
+    ("model", "somebody/gated", [], GATED),
+    ("dataset", "somebody/gated-squad", [], GATED),
+    ("ask", "somebody/gated", [], GATED),
+    ("model", "somebody/gated", ["--token", "hf_not_admitted"], GATED),
+    ("dataset", "somebody/gated-squad", ["--token", "hf_not_admitted"], GATED),
+    ("tokenizer", "somebody/gated", ["--token", "hf_mistyped"], UNKNOWN_TOKEN),
+    ("dataset", "somebody/gated-squad", ["--token", "hf_mistyped"], UNKNOWN_TOKEN),
+    ("model", "somebody/gated", ["--token", TOKEN], None),
+    ("dataset", "somebody/gated-squad", ["--token", TOKEN], None),
+    ("model", "somebody/trained", ["--model_revision", "v9"], "on the hub it has no revision v9"),
+    ("model", "somebody/no-config", [], "config.json"),
+]
+OUT_OF_REACH = [("model", GOOGLE_BASE), ("tokenizer", GOOGLE_BASE), ("dataset", "squad"), ("ask", GOOGLE_BASE)]
 
 
-def test_a_hub_that_cannot_be_reached(hub, programs, inputs, tmp_path):
-    programs.run("ask", "--help")  # so that all is imported before the hub goes
-    hub.stop()
-    try:
-        started = start_each(programs, inputs, tmp_path, GOOGLE_BASE, "squad")
-        says = rf"the hub at {hub.url} cannot be reached .*refused.*: check the network"
-        check_each(programs, started, GOOGLE_BASE, "squad", says, notes=3)
-    finally:
-        hub.start()
+def check_loads(programs, inputs, folder: Path, cases: list[tuple], notes: int = 0) -> None:
+    """All cases at once: each ends with status 2 and, after `notes` warnings, one line that names what and why."""
+    started = [start(programs, inputs, folder / f"{i}", *case[:2], *case[2]) for i, case in enumerate(cases)]
+    for outcome_folder, (kind, name, _, says) in zip(started, cases, strict=True):
+        outcome = programs.outcome(outcome_folder)
+        if says is None:
+            assert outcome.status == 0, outcome.err
+            continue
+        assert (outcome.status, outcome.out) == (2, ""), outcome.err
+        *warnings, line = outcome.lines
+        assert re.match(WHAT[kind].format(name) + ".*" + says, line), outcome.err
+        assert len(warnings) == notes and all("WARNING" in warning for warning in warnings), outcome.err
 
 
-def test_a_hub_that_is_out_of_order(hub, programs, inputs, tmp_path):
-    with hub.fault(status=500):
-        started = start_each(programs, inputs, tmp_path, GOOGLE_BASE, "squad")
-        says = rf"the hub at {hub.url} answers 500 Internal Server Error, .*: try again later"
-        check_each(programs, started, GOOGLE_BASE, "squad", says, notes=3)
+def test_what_the_hub_refuses_is_one_line(programs, inputs, tmp_path):
+    check_loads(programs, inputs, tmp_path, ONLINE)
+
+
+@pytest.mark.parametrize(("fault", "why"), [({"status": 500}, "500 Internal"), ({"stopped": True}, "refused")])
+def test_a_hub_that_does_not_answer_is_one_line_where_the_cache_is_empty(fault, why, hub, programs, inputs, tmp_path):
+    says = rf"the hub at {hub.url} does not answer \(.*{why}.*\), and the cache \(\S+\) does not hold all of it: give"
+    with hub.fault(**fault):
+        check_loads(programs, inputs, tmp_path, [(*case, [], says) for case in OUT_OF_REACH], notes=2)
 
 
 def test_a_download_that_breaks_off_is_made_up_for_by_the_same_command(hub, programs, inputs, tmp_path):
     """Nothing of the half file stays, and the second run gets the right bytes."""
-    ask = ["--context_file", inputs["text"], "--question", "who ?", *WINDOWS]
-    cases = [  # what the error says, the file that breaks off, the command
-        ("a configuration from", RELATIVE_KEY, "config.json", model_flags(inputs, RELATIVE_KEY)),
-        ("a tokenizer from", GOOGLE_BASE, "tokenizer.json", tokenizer_flags(inputs, GOOGLE_BASE)),
-        ("a model from", RELATIVE_BASE, "pytorch_model.bin", model_flags(inputs, RELATIVE_BASE)),
-        ("--dataset_name squad: ", "rajpurkar/squad", VALIDATION, dataset_flags(inputs, "squad")),
-        ("a model from", "somebody/trained-2", "model.safetensors", ["somebody/trained-2", *ask]),
-        ("qa_settings.json from", "somebody/trained-3", "qa_settings.json", ["somebody/trained-3", *ask]),
+    cases = [  # what the error says, the file that breaks off, what is loaded
+        ("a configuration from", "config.json", "model", RELATIVE_KEY),
+        ("a tokenizer from", "tokenizer.json", "tokenizer", GOOGLE_BASE),
+        ("a model from", "pytorch_model.bin", "model", RELATIVE_BASE),
+        ("--dataset_name", "plain_text/validation-00000-of-00001.parquet", "dataset", "rajpurkar/squad"),
+        ("qa_settings.json from", "qa_settings.json", "ask", "somebody/trained"),
     ]
     files = {id_: repository.files for (_, id_), repository in hub.repositories.items()}
-    commands = []
-    for i, (*_, argv) in enumerate(cases):
-        own = ["--output_dir", tmp_path / "out" / str(i), "--cache_dir", tmp_path / "cache" / str(i)]
-        commands.append(["ask", *argv] if argv[0].startswith("somebody/") else ["run_squad", *argv, *own])
-    with hub.fault(break_off={files[id_][file]: 9 for _, id_, file, _ in cases}):
-        started = [programs.start(*command) for command in commands]
-        outcomes = [programs.outcome(folder) for folder in started]
-    for (what, *_), outcome in zip(cases, outcomes, strict=True):
+
+    def outcomes():
+        started = [start(programs, inputs, tmp_path / f"{i}", *case[2:]) for i, case in enumerate(cases)]
+        return [programs.outcome(folder) for folder in started]
+
+    with hub.fault(break_off={files[id_][file]: 9 for _, file, _, id_ in cases}):
+        broken_off = outcomes()
+    for (what, *_), outcome in zip(cases, broken_off, strict=True):
         assert outcome.status == 2 and outcome.out == "", outcome.err
-        assert re.search(r"error: .*the download broke off \(.*\): give the same command again", outcome.lines[-1])
-        assert what in outcome.lines[-1]
-    caches = [path for path in tmp_path.glob("cache/**/*") if path.is_file()]
+        says = rf"error: .*{what}.*: the download broke off \(.*\): give the same command again"
+        assert re.search(says, outcome.lines[-1]), outcome.err
+    caches = [path for path in tmp_path.glob("*/cache/**/*") if path.is_file()]
     assert caches and not [path for path in caches if path.suffix == ".incomplete"]
 
-    for folder in [programs.start(*command) for command in commands]:
-        outcome = programs.outcome(folder)
+    for outcome in outcomes():
         assert outcome.status == 0, outcome.err
     right = {hashlib.sha256(data).hexdigest() for r in hub.repositories.values() for data in r.files.values()}
-    blobs = [path for path in tmp_path.glob("cache/*/models--*/blobs/*") if path.is_file()]
-    blobs += [path for path in tmp_path.glob("cache/*/downloads/*") if re.fullmatch("[0-9a-f.]+", path.name)]
+    blobs = [path for path in tmp_path.glob("*/cache/models--*/blobs/*") if path.is_file()]
+    blobs += [path for path in tmp_path.glob("*/cache/downloads/*") if re.fullmatch("[0-9a-f.]+", path.name)]
     assert len(blobs) > 8 and {hashlib.sha256(path.read_bytes()).hexdigest() for path in blobs} <= right
 
 
 # ---- Names and the cache ----
 
 
-def cached_questions(folder: Path, name: str, ids: str) -> None:
-    rows = [{"id": i, "title": "", "context": "a", "question": "?", "answers": ANSWERS} for i in ids]
-    cache_dataset(folder, name, "plain_text", {"train": Dataset.from_list(rows, features=EXAMPLE_FEATURES)})
-
-
-ANSWERS = {"text": ["a"], "answer_start": [0]}
-
-
-@pytest.mark.parametrize("fault", [{"status": 503}, "stopped"])
-def test_what_the_cache_holds_serves_where_the_hub_does_not(fault, hub, programs, inputs, tmp_path):
-    """The whole command, by names that the hub redirects, with the cache's own answers."""
+def test_the_cache_serves_a_command_with_old_names_where_the_hub_does_not_answer(hub, programs, inputs, tmp_path):
     argv = ["--model_name_or_path", "bert-base-uncased", "--dataset_name", "squad", "--do_eval", *WINDOWS]
     argv += ["--cache_dir", tmp_path / "cache"]
+    hub.requests.clear()
     online = programs.run("run_squad", *argv, "--output_dir", tmp_path / "online")
     assert online.status == 0, online.err
     assert all(OUR_LINE.match(line) for line in online.lines)
     assert "WARNING" not in online.err and "HTTP Request" not in online.err
-    asked = [path for _, path, _ in hub.requests]
-    assert any(path.startswith("/api/datasets/rajpurkar/squad") for path in asked)
-    assert not any(path.endswith((".h5", ".msgpack")) and "/resolve/" in path for path in asked)
-    if fault == "stopped":
-        hub.stop()
-    try:
-        with hub.fault(**({} if fault == "stopped" else fault)):
-            cached = programs.run("run_squad", *argv, "--output_dir", tmp_path / "cached")
-    finally:
-        if fault == "stopped":
-            hub.start()
-    assert (cached.status, cached.out) == (0, online.out), cached.err
-    warnings = [line[9:] for line in cached.lines if "WARNING" in line]
-    assert [re.sub(":.*", "", line) for line in warnings] == [
-        "WARNING Asking again in 1 s",
-        "WARNING Asking again in 4 s",
-        *2 * ["WARNING Looking for bert-base-uncased in the cache"],  # configuration and tokenizer
-        "WARNING Looking for squad in the cache",
-        "WARNING Looking for bert-base-uncased in the cache",
-    ]
-    assert cached.seconds < 30
+    assert any(path.startswith("/api/datasets/rajpurkar/squad") for path in hub.requests)
+    assert not any(path.endswith((".h5", ".msgpack")) and "/resolve/" in path for path in hub.requests)
+    for fault in ({"status": 503}, {"stopped": True}):
+        hub.requests.clear()
+        with hub.fault(**fault):
+            cached = programs.run("run_squad", *argv, "--output_dir", tmp_path / "-".join(fault))
+        assert (cached.status, cached.out) == (0, online.out), cached.err
+        assert len(hub.requests) <= 5  # twice for each name; what does not answer is not asked for each file
+        assert re.findall(r"WARNING (\S+): the hub at .* does not answer \(.*\): (.*)\.\n", cached.err) == [
+            (name, then)
+            for name in ("bert-base-uncased", "squad")
+            for then in ("asking again in 1 s", "looking in the cache")
+        ]
 
 
-def test_a_name_without_a_network(tmp_path):
-    """The folder that an older datasets has filled under the plain name serves, but what the hub has said is first."""
+def cached_questions(folder: Path, name: str, ids: str) -> None:
+    answers = {"text": ["a"], "answer_start": [0]}
+    rows = [{"id": i, "title": "", "context": "a", "question": "?", "answers": answers} for i in ids]
+    cache_dataset(folder, name, "plain_text", {"train": Dataset.from_list(rows, features=EXAMPLE_FEATURES)})
 
-    def ids():
-        return load_examples("squad", None, {}, cache_dir=tmp_path / "datasets")["train"]["id"][:]
 
+def test_offline_the_present_name_is_before_the_old_one_and_no_other_is_guessed(tmp_path):
+    def ids(name: str) -> list[str]:
+        return load_examples(name, None, {}, cache_dir=tmp_path / "datasets")["train"]["id"][:]
+
+    for name in ("somebody/squad", "google/xquad", "somebody/xquad"):
+        cached_questions(tmp_path, name, "own")
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set, .* it holds somebody/squad: give that name"):
+        ids("squad")
+    with pytest.raises(ValueError, match="it holds google/xquad and somebody/xquad: give that name"):
+        ids("xquad")
+    cached_questions(tmp_path, "squad", "old")  # as versions of datasets before 2.16 left it
+    assert ids("squad") == list("old")
     cached_questions(tmp_path, "rajpurkar/squad", "new")
-    cached_questions(tmp_path, "somebody/squad", "own")
-    with pytest.raises(ValueError, match="does not hold all of it. There is rajpurkar/squad and somebody/squad: give"):
-        ids()
-    cached_questions(tmp_path, "squad", "old")
-    assert ids() == list("old")
-    (tmp_path / "datasets" / "hub_names").mkdir()
-    (tmp_path / "datasets" / "hub_names" / "squad").write_text("rajpurkar/squad")
-    assert ids() == list("new")
-    (tmp_path / "datasets" / "hub_names" / "squad").write_text("rajpurkar/squad-that-is-gone")
-    assert ids() == list("old")
+    assert ids("squad") == list("new")
 
 
-def test_a_folder_is_no_name(programs, inputs, tmp_path):
-    """A folder of files given as a dataset is read without a word to the hub."""
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    cached_questions(tmp_path, "squad", "abc")
-    load_examples("squad", None, {}, cache_dir=tmp_path / "datasets")["train"].to_parquet(folder / "validation.parquet")
-    outcome = programs.run("run_squad", *dataset_flags(inputs, str(folder)), "--output_dir", tmp_path / "out")
-    assert outcome.status == 0, outcome.err
-    assert json.loads(outcome.out)["total"] == 3
+def ask(programs, inputs, name: str, *flags: str) -> Outcome:
+    return programs.outcome(start(programs, inputs, Path(), "ask", name, *flags))
 
 
-# ---- ask.py ----
+def test_ask_takes_the_settings_that_came_with_the_model(hub, programs, inputs):
+    online = ask(programs, inputs, "somebody/trained")
+    assert (online.status, online.err) == (0, ""), online.err
+    more = ask(programs, inputs, "somebody/trained", "--n_best_size", "20")
+    assert len(json.loads(online.out)["n_best"]) <= 2 < len(json.loads(more.out)["n_best"])
+    with hub.fault(stopped=True):
+        cached = ask(programs, inputs, "somebody/trained")
+    assert (cached.status, cached.out) == (0, online.out), cached.err
+    assert all("WARNING" in line for line in cached.lines)
 
 
-def test_ask_by_a_name_on_the_hub(hub, programs, inputs):
-    argv = ["somebody/trained-2", "--context_file", inputs["text"], "--question", "who ?", "--json", *WINDOWS]
-    outcome = programs.run("ask", *argv)
-    assert (outcome.status, outcome.err) == (0, ""), outcome.err
-    more = programs.run("ask", *argv, "--n_best_size", "20")
-    assert len(json.loads(outcome.out)["n_best"]) <= 2 < len(json.loads(more.out)["n_best"])
-    hub.stop()
-    try:
-        again = programs.run("ask", *argv)
-    finally:
-        hub.start()
-    assert (again.status, again.out) == (0, outcome.out), again.err
-    assert all("WARNING" in line for line in again.lines)
-
-
-def test_ask_says_that_it_does_not_know_the_settings(hub, programs, inputs):
+def test_ask_says_where_the_settings_are_not_known(hub, programs, inputs):
     """A cache without qa_settings.json: silent where the hub has said that there is none, else a warning."""
-    argv = ["somebody/no-settings", "--context_file", inputs["text"], "--question", "who ?", "--json", *WINDOWS]
-    trained = hub.repositories["models", "somebody/trained"].files
-    hub.repositories["models", "somebody/no-settings"] = Repository(
-        {name: data for name, data in trained.items() if name != "qa_settings.json"}
-    )
-    says = "The cache does not hold qa_settings.json of somebody/no-settings: run_squad.py's defaults are taken."
-    online = programs.run("ask", *argv)
+    name = "somebody/no-settings"
+    says = f"The cache does not hold qa_settings.json of {name}: run_squad.py's defaults are taken."
+    online = ask(programs, inputs, name)
     assert (online.status, online.err) == (0, "")
-    with hub.fault(status=500):
-        assert says not in programs.run("ask", *argv).err
-    (known,) = Path(programs.home).glob("hub/models--somebody--no-settings/.no_exist/*/qa_settings.json")
-    known.unlink()
-    with hub.fault(status=500):
-        unsure = programs.run("ask", *argv)
-    assert (unsure.status, unsure.out) == (0, online.out)
-    assert says in unsure.err
+    with hub.fault(stopped=True):
+        assert says not in ask(programs, inputs, name).err
+        (known,) = Path(programs.home).glob("hub/models--somebody--no-settings/.no_exist/*/qa_settings.json")
+        known.unlink()
+        unsure = ask(programs, inputs, name)
+    assert (unsure.status, unsure.out) == (0, online.out) and says in unsure.err
 
 
-# ---- What is on the screen ----
+# ---- What is on the screen, and what leaves the machine ----
 
 
-@pytest.fixture
-def logging_as_it_was():
-    yield
-    for name in (*processes.OUR_LOGGERS, "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
-    logging.root.setLevel(logging.WARNING)
-
-
-def reaches_root(name: str) -> bool:
-    """Whether what a logger says comes to the screen; wandb's, for one, says everything, and to its own file."""
-    logger = logging.getLogger(name)
-    while logger.parent is not None and logger.propagate:
-        logger = logger.parent
-    return logger is logging.root
-
-
-def test_only_this_program_speaks_below_a_warning(logging_as_it_was):
-    processes.set_up_logging(logging.INFO)
-    ours = set()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("qa/*.py"), *ROOT.glob("scripts/*.py")]:
-        for name in re.findall(r"logging\.getLogger\((.*)\)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
-            if name in ("__name__", '"run_squad"'):
-                ours.add(path.relative_to(ROOT).with_suffix("").parts[0] if name == "__name__" else "run_squad")
-    assert ours == set(processes.OUR_LOGGERS)
-    assert all(logging.getLogger(name).isEnabledFor(logging.INFO) for name in ours)
-    libraries = [name for name in logging.root.manager.loggerDict if name.split(".")[0] not in ours]
-    assert len(libraries) > 100
-    for name in [*libraries, "httpx2", "a_library_of_tomorrow"]:
-        assert not (logging.getLogger(name).isEnabledFor(logging.INFO) and reaches_root(name)), name
-    processes.set_up_logging(logging.ERROR)  # on the other processes
-    for name in (*ours, "huggingface_hub", "a_library_of_tomorrow"):
-        assert not logging.getLogger(name).isEnabledFor(logging.WARNING), name
+def test_only_this_program_logs_below_a_warning_and_downloads_show_bars():
+    distributed.set_up_logging(logging.INFO)
+    try:
+        assert all(logging.getLogger(name).isEnabledFor(logging.INFO) for name in distributed.OUR_LOGGERS)
+        for name in ("transformers", "datasets", "huggingface_hub", "httpx", "httpx2", "a_library_of_tomorrow"):
+            logger = logging.getLogger(name)
+            assert not (logger.propagate and logger.isEnabledFor(logging.INFO)), name
+        with loading("", str(ROOT), "model"):
+            assert not huggingface_hub.utils.are_progress_bars_disabled()
+        distributed.set_up_logging(logging.ERROR)  # on the other processes
+        for name in (*distributed.OUR_LOGGERS, "huggingface_hub", "a_library_of_tomorrow"):
+            assert not logging.getLogger(name).isEnabledFor(logging.WARNING), name
+    finally:
+        for name in (*distributed.OUR_LOGGERS, "huggingface_hub"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        logging.root.setLevel(logging.WARNING)
 
 
 def test_nobody_is_asked_to_convert_a_model(hub, programs, inputs, tmp_path):
     """transformers would, in a thread, where there is pytorch_model.bin only."""
-    argv = [*model_flags(inputs, "somebody/absolute-bin"), "--output_dir", tmp_path]
-    outcome = programs.run("run_squad", *argv)
+    hub.requests.clear()
+    outcome = programs.outcome(start(programs, inputs, tmp_path, "model", "somebody/absolute-bin"))
     assert outcome.status == 0, outcome.err
     assert all(OUR_LINE.match(line) for line in outcome.lines)
-    assert not [path for _, path, _ in hub.requests if "/discussions" in path or "/commits" in path]
+    assert not [path for path in hub.requests if "/discussions" in path or "/commits" in path]
