@@ -39,7 +39,7 @@ def loading(what: str, name: str, kind: str, revision: str | None = None, token=
 
     Gives its present name: the hub redirects an old one such as squad, but load_dataset makes hf:// addresses of it,
     which are refused, and has its cache by name. Where the hub cannot be reached or is out of order, a log line says so
-    and the code gets what the cache holds; by themselves the libraries get there after more than a minute of silence.
+    and the code gets what the cache holds; by themselves the libraries get there after more than a minute of retries.
 
     Raises QAError that begins with `what` where the code raises an error of the hub or of its libraries.
     """

@@ -34,7 +34,7 @@ class Programs:
         self.home = environment["HF_HOME"]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")])
         command = [sys.executable, "-c", "import online; online.serve()"]
-        environment = {**environment, "PYTHONPATH": path}
+        environment = environment | {"PYTHONPATH": path}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True)
 
     def start(self, program: str, *argv) -> Path:
@@ -49,6 +49,9 @@ class Programs:
             assert time.monotonic() < end, (folder / "err").read_text()
             time.sleep(0.02)
         return Outcome(int((folder / "done").read_text()), (folder / "out").read_text(), (folder / "err").read_text())
+
+    def run(self, program: str, *argv) -> Outcome:
+        return self.outcome(self.start(program, *argv))
 
     def close(self) -> None:
         self._process.kill()

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from hub_cache import cache_dataset
 from hub_server import GOOGLE_BASE, RELATIVE_BASE, RELATIVE_KEY, Hub, Repository, bert_weights, published, torch_file
-from online import Programs
+from online import Outcome, Programs
 from tiny import tiny_bert, tiny_questions
 
 import run_squad
@@ -56,7 +56,7 @@ def hub(tmp_path_factory, inputs):
 @pytest.fixture(scope="module")
 def programs(hub, tmp_path_factory):
     programs = Programs(hub.environment(tmp_path_factory.mktemp("home")))
-    assert programs.outcome(programs.start("ask", "--help")).status == 0  # all is imported
+    assert programs.run("ask", "--help").status == 0  # all is imported
     yield programs
     programs.close()
 
@@ -170,20 +170,20 @@ def test_the_cache_serves_a_command_with_old_names_where_the_hub_does_not_answer
     argv = ["--model_name_or_path", "bert-base-uncased", "--dataset_name", "squad", "--do_eval", *WINDOWS]
     argv += ["--cache_dir", tmp_path / "cache"]
     hub.requests.clear()
-    online = programs.outcome(programs.start("run_squad", *argv, "--output_dir", tmp_path / "online"))
+    online = programs.run("run_squad", *argv, "--output_dir", tmp_path / "online")
     assert online.status == 0, online.err
     assert all(OUR_LINE.match(line) for line in online.lines)
     assert "WARNING" not in online.err and "HTTP Request" not in online.err
     assert any(path.startswith("/api/datasets/rajpurkar/squad") for path in hub.requests)
     assert not any(path.endswith((".h5", ".msgpack")) and "/resolve/" in path for path in hub.requests)
     for fault in ({"status": 503}, {"stopped": True}):
+        hub.requests.clear()
         with hub.fault(**fault):
-            folder = programs.start("run_squad", *argv, "--output_dir", tmp_path / "-".join(fault))
-            cached = programs.outcome(folder)
+            cached = programs.run("run_squad", *argv, "--output_dir", tmp_path / "-".join(fault))
         assert (cached.status, cached.out) == (0, online.out), cached.err
-        warnings = [line[9:] for line in cached.lines if f"the hub at {hub.url} does not answer" in line]
-        assert [re.sub(r": .*: ", ": ", line) for line in warnings] == [
-            f"WARNING {name}: {then}."
+        assert len(hub.requests) <= 5  # twice for each name; what does not answer is not asked for each file
+        assert re.findall(r"WARNING (\S+): the hub at .* does not answer \(.*\): (.*)\.\n", cached.err) == [
+            (name, then)
             for name in ("bert-base-uncased", "squad")
             for then in ("asking again in 1 s", "looking in the cache")
         ]
@@ -211,60 +211,45 @@ def test_offline_the_present_name_is_before_the_old_one_and_no_other_is_guessed(
     assert ids("squad") == list("new")
 
 
-def test_a_folder_of_files_is_no_name_on_the_hub(hub, programs, inputs, tmp_path):
-    (tmp_path / "folder").mkdir()
-    file = "plain_text/validation-00000-of-00001.parquet"
-    (tmp_path / "folder" / "validation.parquet").write_bytes(
-        hub.repositories["datasets", "rajpurkar/squad"].files[file]
-    )
-    hub.requests.clear()
-    outcome = programs.outcome(start(programs, inputs, tmp_path, "dataset", str(tmp_path / "folder")))
-    assert outcome.status == 0 and json.loads(outcome.out)["total"] == 6, outcome.err
-    assert not any(path.startswith("/api/datasets") for path in hub.requests)
+def ask(programs, inputs, name: str, *flags: str) -> Outcome:
+    return programs.outcome(start(programs, inputs, Path(), "ask", name, *flags))
 
 
-def test_ask_takes_the_settings_that_came_with_the_model(hub, programs, inputs, tmp_path):
-    def answer(*flags: str):
-        return programs.outcome(start(programs, inputs, tmp_path, "ask", "somebody/trained", *flags))
-
-    online = answer()
+def test_ask_takes_the_settings_that_came_with_the_model(hub, programs, inputs):
+    online = ask(programs, inputs, "somebody/trained")
     assert (online.status, online.err) == (0, ""), online.err
-    assert len(json.loads(online.out)["n_best"]) <= 2 < len(json.loads(answer("--n_best_size", "20").out)["n_best"])
+    more = ask(programs, inputs, "somebody/trained", "--n_best_size", "20")
+    assert len(json.loads(online.out)["n_best"]) <= 2 < len(json.loads(more.out)["n_best"])
     with hub.fault(stopped=True):
-        cached = answer()
+        cached = ask(programs, inputs, "somebody/trained")
     assert (cached.status, cached.out) == (0, online.out), cached.err
     assert all("WARNING" in line for line in cached.lines)
 
 
-def test_ask_says_where_the_settings_are_not_known(hub, programs, inputs, tmp_path):
+def test_ask_says_where_the_settings_are_not_known(hub, programs, inputs):
     """A cache without qa_settings.json: silent where the hub has said that there is none, else a warning."""
-
-    def answer():
-        return programs.outcome(start(programs, inputs, tmp_path, "ask", "somebody/no-settings"))
-
-    says = "The cache does not hold qa_settings.json of somebody/no-settings: run_squad.py's defaults are taken."
-    online = answer()
+    name = "somebody/no-settings"
+    says = f"The cache does not hold qa_settings.json of {name}: run_squad.py's defaults are taken."
+    online = ask(programs, inputs, name)
     assert (online.status, online.err) == (0, "")
     with hub.fault(stopped=True):
-        assert says not in answer().err
+        assert says not in ask(programs, inputs, name).err
         (known,) = Path(programs.home).glob("hub/models--somebody--no-settings/.no_exist/*/qa_settings.json")
         known.unlink()
-        unsure = answer()
-    assert (unsure.status, unsure.out) == (0, online.out)
-    assert says in unsure.err
+        unsure = ask(programs, inputs, name)
+    assert (unsure.status, unsure.out) == (0, online.out) and says in unsure.err
 
 
 # ---- What is on the screen, and what leaves the machine ----
 
 
-def test_only_this_program_logs_below_a_warning(caplog):
+def test_only_this_program_logs_below_a_warning_and_downloads_show_bars():
     distributed.set_up_logging(logging.INFO)
     try:
         assert all(logging.getLogger(name).isEnabledFor(logging.INFO) for name in distributed.OUR_LOGGERS)
         for name in ("transformers", "datasets", "huggingface_hub", "httpx", "httpx2", "a_library_of_tomorrow"):
             logger = logging.getLogger(name)
             assert not (logger.propagate and logger.isEnabledFor(logging.INFO)), name
-        assert huggingface_hub.utils.are_progress_bars_disabled()
         with loading("", str(ROOT), "model"):
             assert not huggingface_hub.utils.are_progress_bars_disabled()
         distributed.set_up_logging(logging.ERROR)  # on the other processes

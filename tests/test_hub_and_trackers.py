@@ -18,6 +18,7 @@ import torch
 from hub_cache import cache_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from test_run_squad import refusal
 from tiny import tiny_bert, tiny_questions
 from transformers import AutoTokenizer
 from transformers.integrations import TrackioCallback
@@ -32,8 +33,7 @@ TOKEN = "hf_a-secret-of-the-user"
 @pytest.fixture
 def command(tmp_path):
     questions = tiny_questions(tmp_path / "questions.json")
-    # With this seed the three likeliest starts and ends make three answers, as the test of n_best_size needs.
-    argv = ["--model_name_or_path", tiny_bert(tmp_path / "bert", "relative_key", seed=1), "--do_train", "--do_eval"]
+    argv = ["--model_name_or_path", tiny_bert(tmp_path / "bert", "relative_key"), "--do_train", "--do_eval"]
     argv += ["--train_file", questions, "--validation_file", questions, "--output_dir", str(tmp_path / "out")]
     argv += "--max_seq_length 48 --doc_stride 16 --num_train_epochs 1 --logging_steps 1 --use_cpu".split()
     return argv
@@ -52,25 +52,19 @@ def hub(tmp_path, monkeypatch):
             raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required")
         return SimpleNamespace(repo_id=f"somebody/{repo_id}")
 
-    def upload_folder(api, run_as_future=False, **kwargs):
-        if not run_as_future:
-            return upload(**kwargs)
-        future = Future()
-        try:
-            future.set_result(upload(**kwargs))
-        except ConnectionError as error:
-            future.set_exception(error)
-        return future
-
-    def upload(repo_id, folder_path, commit_message, token, ignore_patterns, **kwargs):
+    def upload_folder(api, repo_id, folder_path, commit_message, token, ignore_patterns, run_as_future=False, **kwargs):
         assert (repo_id, token) == ("somebody/my-squad", TOKEN)
+        future = Future()
         if hub.error is not None:
-            raise hub.error
+            future.set_exception(hub.error)
+            return future if run_as_future else future.result()
         hub.commits.append(commit_message)
         paths = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
         for path in filter_repo_objects(paths, ignore_patterns=ignore_patterns):
             (hub.files / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(folder_path, path), hub.files / path)
+        future.set_result(None)
+        return future
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
@@ -84,6 +78,7 @@ def test_the_hub_gets_all_that_loads_the_model_and_no_secret(command, hub, tmp_p
     run_squad.main([*command, *PUSH, "--hub_token", TOKEN, "--n_best_size", "3"])
     assert hub.commits == ["Training in progress, step 1", "End of training"]
     assert not list(hub.files.glob("checkpoint-*"))
+    assert json.loads((hub.files / "qa_settings.json").read_text())["n_best_size"] == 3  # which ask.py reads
     assert [path for path in hub.files.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()] == []
     card = ModelCard.load(hub.files / "README.md")
     assert card.data.model_name == "somebody/my-squad"
@@ -106,32 +101,18 @@ print(model(**inputs).start_logits.tolist())
         logits = model(**tokenizer("who lives ?", "anna lives in rome .", return_tensors="pt")).start_logits
     assert json.loads(done.stdout) == logits.tolist()
 
-    # ask.py takes the hub's name too, and the settings that came with the model.
-    ask = [sys.executable, ROOT / "scripts" / "ask.py", "somebody/my-squad", "--question", "who lives ?", "--json"]
-    done = subprocess.run(ask, env=environment, input="anna lives in rome .", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(json.loads(done.stdout)["n_best"]) == 3
-
 
 def test_a_hub_that_does_not_let_us_is_said_before_training(command, hub, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_status:
-        run_squad.main([*command, *PUSH])
-    assert exit_status.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("run_squad.py: error: --push_to_hub: cannot make my-squad on the hub: Token is required. ")
+    line = refusal(capsys, *command, *PUSH)
+    assert "error: --push_to_hub: cannot make my-squad on the hub: Token is required. " in line
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_push_that_fails_is_made_up_for_by_the_same_command(command, hub, tmp_path, capsys):
     hub.error = ConnectionError("no route\nto the hub")
-    with pytest.raises(SystemExit) as exit_status:
-        run_squad.main([*command, *PUSH, "--hub_token", TOKEN])
-    assert exit_status.value.code == 1
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line == (
-        f"run_squad.py: error: cannot push to the hub: no route to the hub. All of it stands in {tmp_path / 'out'}; "
-        "the same command tries again"
-    )
+    line = refusal(capsys, *command, *PUSH, "--hub_token", TOKEN)
+    assert "error: cannot push to the hub: no route to the hub. " in line
+    assert str(tmp_path / "out") in line and "the same command" in line
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     hub.error = None
     run_squad.main([*command, *PUSH, "--hub_token", TOKEN])
@@ -143,39 +124,23 @@ def test_a_push_that_fails_is_made_up_for_by_the_same_command(command, hub, tmp_
 # ---- Trackers ----
 
 
-def tensorboard_names(folder: Path) -> set[str]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    names = set()
-    for file in (folder / "out" / "runs").rglob("events.*"):
-        names |= set(EventAccumulator(str(file)).Reload().Tags()["scalars"])
-    return names
+LOGS = {"tensorboard": "out/runs/**/events.*", "trackio": "trackio/*.db*", "wandb": "wandb/offline-run-*/run-*.wandb"}
 
 
-def trackio_names(folder: Path) -> set[str]:
-    (file,) = (folder / "trackio").glob("*.db")
-    with sqlite3.connect(file) as database:
-        rows = database.execute("SELECT run_name, metrics FROM metrics").fetchall()
-    assert {run_name for run_name, _ in rows} == {"out"}, "training and evaluation are one run, named after its folder"
-    return {name for _, metrics in rows for name in json.loads(metrics)}
-
-
-def wandb_names(folder: Path) -> set[str]:
-    (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    content = file.read_bytes()
-    return {name for name in ("train/loss", "eval/f1") if name.encode() in content}
-
-
-@pytest.mark.parametrize("names", [tensorboard_names, trackio_names, wandb_names])
-def test_a_tracker_gets_loss_and_metrics(names, command, tmp_path):
-    tracker = names.__name__.removesuffix("_names")
-    if importlib.util.find_spec(tracker) is None:
-        pytest.skip(f"{tracker} is not installed")
+def test_each_tracker_gets_loss_and_metrics_of_one_run(command, tmp_path):
+    installed = [name for name in LOGS if importlib.util.find_spec(name)]
+    if not installed:
+        pytest.skip("no tracker is installed")
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_MODE": "offline"}
-    argv = [sys.executable, ROOT / "run_squad.py", *command, "--report_to", tracker]
+    argv = [sys.executable, ROOT / "run_squad.py", *command, "--report_to", *installed]
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert names(tmp_path) >= {"train/loss", "eval/f1"}
+    for name in installed:
+        content = b"".join(file.read_bytes() for file in tmp_path.glob(LOGS[name]))
+        assert b"train/loss" in content and b"eval/f1" in content, name
+    for file in tmp_path.glob("trackio/*.db"):
+        with sqlite3.connect(file) as database:
+            assert database.execute("SELECT DISTINCT run_name FROM metrics").fetchall() == [("out",)]  # its folder
 
 
 def test_a_tracker_that_does_not_let_us_in_is_one_line_before_training(command, tmp_path, capsys, monkeypatch):
@@ -186,9 +151,6 @@ def test_a_tracker_that_does_not_let_us_in_is_one_line_before_training(command, 
     monkeypatch.setattr(TrackioCallback, "setup", setup)
     monkeypatch.setattr(TrackioCallback, "_initialized", False, raising=False)
     monkeypatch.setattr(run_squad, "get_available_reporting_integrations", lambda: ["trackio"])
-    with pytest.raises(SystemExit) as exit_status:
-        run_squad.main([*command, "--report_to", "trackio"])
-    assert exit_status.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line == "run_squad.py: error: --report_to trackio: No API key configured"
+    line = refusal(capsys, *command, "--report_to", "trackio")
+    assert line.endswith("run_squad.py: error: --report_to trackio: No API key configured")
     assert not (tmp_path / "out" / "model.safetensors").exists()
