@@ -217,9 +217,11 @@ def test_the_best_span_wins():
     assert [entry["probability"] for entry in got.n_best["q"]] == pytest.approx(expected)
 
 
-def test_equal_logits_rank_by_position():
-    texts = [entry["text"] for entry in answer([0] * 7, [0] * 7).n_best["q"]]
-    assert texts == ["Ann", "Ann met", "Ann met Bo", "met", "met Bo", "Bo"]
+def test_equal_logits_rank_by_position_then_by_window_and_null_last():
+    zeros = np.zeros((2, 7), np.float32)
+    spans = ["Ann", "Ann met", "Ann met Bo", "met", "met Bo", "Bo"]
+    got = answer(zeros, zeros, 2, version_2_with_negative=True)
+    assert [entry["text"] for entry in got.n_best["q"]] == [*spans, *spans, ""]
     assert [e["text"] for e in answer([0] * 7, [0] * 7, n_best_size=4).n_best["q"]] == ["Ann"]
 
 
