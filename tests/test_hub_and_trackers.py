@@ -103,14 +103,14 @@ print(model(**inputs).start_logits.tolist())
 
 
 def test_a_hub_that_does_not_let_us_is_said_before_training(command, hub, tmp_path, capsys):
-    line = refusal(capsys, *command, *PUSH)
+    line = refusal(capsys, [*command, *PUSH])
     assert "error: --push_to_hub: cannot make my-squad on the hub: Token is required. " in line
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_push_that_fails_is_made_up_for_by_the_same_command(command, hub, tmp_path, capsys):
     hub.error = ConnectionError("no route\nto the hub")
-    line = refusal(capsys, *command, *PUSH, "--hub_token", TOKEN)
+    line = refusal(capsys, [*command, *PUSH, "--hub_token", TOKEN])
     assert "error: cannot push to the hub: no route to the hub. " in line
     assert str(tmp_path / "out") in line and "the same command" in line
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -151,6 +151,6 @@ def test_a_tracker_that_does_not_let_us_in_is_one_line_before_training(command, 
     monkeypatch.setattr(TrackioCallback, "setup", setup)
     monkeypatch.setattr(TrackioCallback, "_initialized", False, raising=False)
     monkeypatch.setattr(run_squad, "get_available_reporting_integrations", lambda: ["trackio"])
-    line = refusal(capsys, *command, "--report_to", "trackio")
+    line = refusal(capsys, [*command, "--report_to", "trackio"])
     assert line.endswith("run_squad.py: error: --report_to trackio: No API key configured")
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from launch import At, run
 from safetensors.torch import load_file
-from test_run_squad import read, refusal
-from tiny import tiny_bert, tiny_questions
+from test_run_squad import refusal
+from tiny import read, tiny_bert, tiny_questions
 
 import run_squad
 from scripts import ask
@@ -91,6 +91,6 @@ def test_a_grown_model_answers_evaluates_and_trains_in_windows_of_any_length(tra
 
 
 def test_absolute_positions_are_refused_by_name(tmp_path, capsys):
-    line = refusal(capsys, *command_for(tmp_path, "absolute"), "--output_dir", str(tmp_path / "out"))
+    line = refusal(capsys, [*command_for(tmp_path, "absolute"), "--output_dir", str(tmp_path / "out")])
     assert "--max_seq_length is 40, but the model has positions for 16 tokens only" in line
     assert "relative_key, relative_key_query" in line and not (tmp_path / "out").exists()
