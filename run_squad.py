@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _exit("interrupted", 130)
     except QAError as error:
-        _exit(f"error: {error}", 2)
+        _exit(f"error: {one_line(error)}", 2)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
@@ -223,7 +223,10 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     if training_args.do_train:
         restarted = was_restarted()
         trained, checkpoint = on_main_process(lambda: checkpoints.plan_training(training_args, settings, restarted))
-    model = load_trained_model(training_args.output_dir) if trained else load_model(name, config, **source)
+    if trained:
+        model = load_trained_model(training_args.output_dir, model_args.trust_remote_code)
+    else:
+        model = load_model(name, config, **source)
     resize_position_embeddings(model, tokenizer, data_args.max_seq_length)
     check_length(data_args.max_seq_length, model, tokenizer)
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
