@@ -1,4 +1,4 @@
-"""What of the questions is trained on: contexts held out for evaluation, misplaced answers, flags that do not fit."""
+"""Which questions are read and what of them is trained on: contexts held out, misplaced answers, flags that do not fit."""
 
 import logging
 import re
@@ -12,11 +12,58 @@ from datasets.table import InMemoryTable
 
 from qa.columns import column, distinct_texts
 from qa.files import QAError
+from qa.read_squad import load_examples
 
 logger = logging.getLogger(__name__)
 
 MISPLACED_ANSWERS = ("repair", "drop", "refuse")
 IDS_SHOWN = 5
+
+
+def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict]]:
+    """The questions of each split that is needed: "train", "validation", "test" -> `datasets.Dataset`.
+
+    And what `align_answers` changed in those of "train".
+    """
+    needed = {
+        "train": (training_args.do_train, data_args.train_file, data_args.max_train_samples),
+        "validation": (training_args.do_eval, data_args.validation_file, data_args.max_eval_samples),
+        "test": (training_args.do_predict, data_args.test_file, data_args.max_predict_samples),
+    }
+    needed = {split: (file, most) for split, (asked, file, most) in needed.items() if asked}
+    files = {split: file for split, (file, _) in needed.items() if file is not None}
+    percentage = data_args.validation_split_percentage
+    if percentage and data_args.train_file is not None:
+        files["train"] = data_args.train_file
+    with training_args.main_process_first(desc="reading the questions"):
+        splits = load_examples(
+            data_args.dataset_name, data_args.dataset_config_name, files, model_args.cache_dir, model_args.token
+        )
+    if percentage and "validation" in splits:
+        logger.info("--validation_split_percentage %d has no effect: there are validation questions.", percentage)
+        data_args.validation_split_percentage = None
+    elif percentage and "train" in splits:
+        source = data_args.train_file or data_args.dataset_name
+        splits = hold_out(splits, percentage, training_args.seed, source)
+
+    examples, answer_changes = {}, []
+    for split, (file, most) in needed.items():
+        source = file or data_args.dataset_name or data_args.train_file
+        if split not in splits:
+            hint = "; --validation_split_percentage makes one of its train split" if split == "validation" else ""
+            given = f"{source} has {', '.join(splits)}" if source else "no data are given"
+            raise QAError(f"no {split} questions: {given}; give --{split}_file or a --dataset_name that has them{hint}")
+        questions = splits[split]
+        if split != "test" and "answers" not in questions.column_names:
+            raise QAError(f"{source}: no question has the key 'answers', which {split} needs")
+        if split != "test":
+            warn_of_flags(split, questions, source, data_args.version_2_with_negative)
+        if split == "train":
+            questions, answer_changes = align_answers(questions, source, data_args.misplaced_answers)
+        elif "answers" in questions.column_names:
+            warn_of_misplaced_answers(split, questions, source)
+        examples[split] = questions if most is None else questions.select(range(min(most, len(questions))))
+    return examples, answer_changes
 
 
 def hold_out(splits: dict[str, Dataset], percentage: int, seed: int, source: str) -> dict[str, Dataset]:

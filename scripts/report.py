@@ -31,9 +31,10 @@ from qa.files import OneLineParser, QAError, one_line, write_text  # noqa: E402
 from qa.layouts import NO_START  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
 from qa.read_squad import load_examples  # noqa: E402
+from qa.squad_metric import raw_scores  # noqa: E402
 from qa.train_questions import hold_out  # noqa: E402
 from qa.windows import WindowSettings, make_features  # noqa: E402
-from utils_qa import QAPredictions, raw_scores, squad_scores  # noqa: E402
+from utils_qa import QAPredictions, squad_scores  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 WORST_QUESTIONS = 50

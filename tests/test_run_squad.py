@@ -16,7 +16,6 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import run_squad
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
-from qa.read_squad import read_squad_file
 
 ROOT = Path(run_squad.__file__).parent
 QUICK = "--max_seq_length 48 --doc_stride 16 --num_train_epochs 1 --per_device_train_batch_size 4 --use_cpu".split()
@@ -185,18 +184,6 @@ def test_share_of_the_windows_without_an_answer_is_drawn_by_the_data_seed(comman
     refusal(capsys, command(tmp_path, f"{flags} --seed 3"))
     refusal(capsys, command(tmp_path, f"{flags} --seed 3 --data_seed 5 --negative_windows 0.5"))
     assert seeds == [(1.0, 3), (0.5, 5)]
-
-
-def test_card_names_what_was_trained_on_and_what_was_scored(inputs, command, tmp_path, monkeypatch):
-    squad = read_squad_file(inputs["train"], cache_dir=str(tmp_path / "cache"))
-    monkeypatch.setattr(run_squad, "load_examples", lambda name, config, files, *rest: {"train": squad} | {
-        split: read_squad_file(file, cache_dir=str(tmp_path / "cache")) for split, file in files.items()
-    })  # fmt: skip
-    flags = "--do_train --do_eval --dataset_name squad --validation_file {dev} --max_steps 1"
-    run_squad.main(command(tmp_path / "out", flags))
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.datasets == ["squad"] and "question answering on squad, with" in card.text
-    assert {result.dataset_name for result in card.data.eval_results} == {"dev.json"}
 
 
 # ---- Flags ----

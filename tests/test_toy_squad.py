@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 from qa.load_model import POSITION_EMBEDDING_TYPES
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
 from qa.read_squad import read_squad_file
+from qa.squad_metric import raw_scores
 from qa.train_questions import align_answers
 from qa.windows import WindowSettings, make_features
 from scripts import make_toy_squad
-from utils_qa import raw_scores
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "validation", "test", "train_v2", "validation_v2", "test_v2")
