@@ -1,4 +1,4 @@
-"""Which questions are read and what of them is trained on: contexts held out, misplaced answers, flags that do not fit."""
+"""Which questions are read, and what of them is trained on: held-out contexts, misplaced answers, unfit flags."""
 
 import logging
 import re
