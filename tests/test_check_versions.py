@@ -1,5 +1,6 @@
 """The check over versions, in the one that is installed: nothing is installed here."""
 
+import copy
 import shutil
 import sys
 from pathlib import Path
@@ -20,15 +21,13 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def this_environment(monkeypatch):
-    """This environment in place of all others."""
+def test_a_line_for_each_version_and_1_if_one_fails(monkeypatch, capsys):
+    """This environment stands in for all others."""
     monkeypatch.setattr(check_versions, "environment_python", lambda environments, version: sys.executable)
-
-
-def test_a_line_for_each_version_and_1_if_one_fails(capsys):
     installed = transformers.__version__
     assert check_versions.main(["--versions", installed]) == 0
+    report = {"transformers": installed, "failures": [], "difference": 0.0}
+    monkeypatch.setattr(check_versions, "run_check", lambda python, folder: copy.deepcopy(report))
     assert check_versions.main(["--versions", "5.0.0", installed]) == 1
     ok, other, ok_again = capsys.readouterr().out.splitlines()
     assert ok.startswith(f"{installed}   ok      with trust_remote_code, logits differ by ")
@@ -36,48 +35,41 @@ def test_a_line_for_each_version_and_1_if_one_fails(capsys):
     assert ok_again.split()[:2] == [installed, "ok"]
 
 
-@pytest.mark.parametrize(
-    ("code", "broken", "failure"),
-    [
-        (
-            "import torch\n",
-            "import torch\nimport transformers.no_such_module\n",
-            "eager: ModuleNotFoundError: No",
-        ),
-        ("query_rows = rows.flip(0)", "query_rows = rows", "sdpa: AssertionError: loaded: start_logits is off by"),
-        ("requires_grad_(False)", "requires_grad_(True)", "[] take no gradient"),
+def test_what_is_wrong_with_the_code_is_found(saved, tmp_path):
+    """Each fault in a copy of one model, all checked by one process."""
+    name = "relative_key_query as Google names weights"
+    faults = (
+        ("import torch\n", "import torch\nimport transformers.no_such_module\n", "eager: ModuleNotFoundError: No"),
+        ("(rows.flip(0)", "(rows", "sdpa: AssertionError: loaded: start_logits is off by"),
+        ("requires_grad_(False)", "requires_grad_(True)", "the parameters without gradient are []"),
         ('kwargs.setdefault("save_original_format", False)', "pass", "saves weights under other names: ['bert"),
         ("(GradientCheckpointingLayer)", "(nn.Module)", "not compatible with gradient checkpointing"),
         ("                hidden_states.append(hidden)", "                pass", "hidden states have shapes"),
-    ],
-)
-def test_what_is_wrong_with_the_code_is_found(saved, tmp_path, code, broken, failure):
-    name = "relative_key_query as Google names weights"
-    shutil.copytree(saved / name, tmp_path / name)
-    model_file = tmp_path / name / "modeling_relative_bert.py"
-    text = model_file.read_text()
-    assert code in text
-    model_file.write_text(text.replace(code, broken))
+    )
+    for number, (code, broken, _) in enumerate(faults):
+        model_file = shutil.copytree(saved / name, tmp_path / f"fault_{number}") / "modeling_relative_bert.py"
+        text = model_file.read_text()
+        assert code in text
+        model_file.write_text(text.replace(code, broken))
     failures = check_versions.run_check(sys.executable, tmp_path)["failures"]
-    assert any(each.startswith(name) and failure in each for each in failures), failures
+    for number, (_, _, failure) in enumerate(faults):
+        assert any(each.startswith(f"fault_{number}") and failure in each for each in failures), failures
 
 
 def test_absolute_positions_would_show(saved):
     """What transformers makes of the weights without the code beside them is far off."""
-    expected = load_file(saved / "relative_key" / "expected.safetensors")
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(saved / "relative_key")
-    logits = check_versions.expected_tensors(model)["start_logits"]
-    assert (logits - expected["start_logits"]).abs().max() > 1000 * check_versions.LOGIT_TOLERANCE
+    logits = check_versions.results(model)["start_logits"]
+    assert (logits - load_file(saved / "relative_key" / "expected.safetensors")["start_logits"]).std() > 0.3
 
 
 def test_compare():
     expected = {"loss": torch.tensor(1.0), "gradient of a": torch.ones(4)}
-    assert check_versions.compare(expected, expected, "loaded") == 0
+    check_versions.compare(expected, expected, "loaded")
     for changed, message in (
-        ({"loss": torch.tensor(1.001)}, "loaded: loss is off by 1.0e-03, and 1.0e-04 is allowed"),
+        ({"loss": torch.tensor(1.001)}, "loaded: loss is off by 1.0e-03, and 1.1e-04 is allowed"),
         ({"loss": torch.tensor(float("nan"))}, "loss is off by nan"),
-        ({"gradient of a": torch.full((4,), 1.001)}, "gradient of a is off by 2.0e-03"),
-        ({"gradient of b": torch.ones(4)}, "gradient of b is on one side only"),
+        ({"gradient of b": torch.ones(4)}, "gradient of b'. are on one side only"),
     ):
         with pytest.raises(AssertionError, match=message):
             check_versions.compare(expected | changed, expected, "loaded")

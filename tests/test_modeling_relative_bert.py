@@ -276,7 +276,7 @@ def test_a_trace_is_right_at_other_lengths(position_type, attention):
         assert_equal_at_other_lengths(trace, model)
 
 
-@pytest.mark.parametrize("attention", ("sdpa", "sdpa off the CPU"), indirect=True)
+@pytest.mark.parametrize("attention", ("sdpa in parts", "sdpa off the CPU"), indirect=True)
 def test_an_export_of_any_batch_and_length_is_right(attention):
     model = Logits("relative_key_query", attention)
     inputs = small_batch(16)["input_ids"], small_batch(16)["attention_mask"]
