@@ -19,6 +19,7 @@ import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_callback import TrainerState
 
 from qa import checkpoints
 from qa.distributed import exit_process, meet_after_restart, on_main_process, set_up_logging, was_restarted
@@ -235,6 +236,8 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
 
     if trained:
         logger.info("Training was finished before; going on with the model in %s.", training_args.output_dir)
+        trainer.state = TrainerState.load_from_json(os.path.join(training_args.output_dir, "trainer_state.json"))
+        trainer.state.is_world_process_zero = trainer.is_world_process_zero()
     elif training_args.do_train:
         train(trainer, settings, checkpoint, answer_changes)
     scores = {}

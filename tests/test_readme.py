@@ -121,7 +121,7 @@ def test_every_recipe_of_the_table_runs(workplace, hub):
 
 def test_every_flag_and_file_exists():
     ours = {f"--{name}" for group in run_squad.ARGUMENT_GROUPS for name in group.__dataclass_fields__}
-    elsewhere = {f"--{name}" for name in "nproc_per_node question context_file warmup_ratio size".split()}
+    elsewhere = {f"--{name}" for name in "nproc_per_node question context_file help warmup_ratio size".split()}
     for page, folder in ((README, ROOT), (TOOLS, ROOT / "scripts")):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*\b", page)) - elsewhere <= ours
         for file in re.findall(r"\b(?:(?:scripts|qa)/)?\w+\.(?:py|sh)\b", page):

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BertTokenizer, DistilBertTokenizer, ElectraTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from qa import windows
+from qa.files import QAError
 from qa.read_squad import EXAMPLE_FEATURES
 from qa.windows import (
     QADataCollator,
@@ -551,7 +552,7 @@ def test_half_written_files_are_never_read(datasets_cache, monkeypatch):
 
     monkeypatch.setattr(windows, "_ranges", fail_late)
     monkeypatch.setattr(windows, "WINDOWS_PER_BATCH", 8)
-    with pytest.raises(OSError):
+    with pytest.raises(QAError, match="cannot write .*No space left on device"):
         golden_features()
     assert cache_files(datasets_cache) == []
 
