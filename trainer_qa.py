@@ -44,7 +44,12 @@ TRAINING_COLUMNS = (*INPUTS, "start_positions", "end_positions", "length")
 
 # What is overridden here of the Trainer beside its public methods, and the versions of transformers it was tested with.
 PRIVATE_METHODS = ("_get_train_sampler", "_load_best_model", "_load_from_checkpoint", "_save_checkpoint")
-TESTED_VERSIONS = ("5.18.0", "5.24.0")
+TESTED_VERSIONS = ("5.2.0", "5.24.0")
+
+# Before 5.18, transformers resumes several processes on CPUs with the optimizer on "cpu:0", which torch does not know.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 
 
 class TrainingStopped(Exception):
