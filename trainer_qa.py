@@ -253,7 +253,8 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         bad_gradient = torch.zeros_like(bad_loss)
         if self.accelerator.scaler is None:  # float16's looks for itself
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            bad_gradient = ~torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            bad_gradient = ~torch.isfinite(norm).to(bad_loss.device)  # the norm of no gradients is on the CPU
         received = torch.tensor(self.signal_received, device=bad_loss.device)
         flags = self._maximum(torch.stack([bad_loss, bad_gradient, received]))
         bad_loss, bad_gradient, self.stop_signal = flags.tolist()
@@ -414,7 +415,8 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
     def init_hf_repo(self, *args, **kwargs) -> None:
         """As `Trainer.init_hf_repo`, which comes before training. Raises QAError where the hub does not let us."""
         name = self.args.hub_model_id or self.args.output_dir
-        with fail_together(), _told_in_one_line(f"--push_to_hub: cannot make {name} on the hub"):
+        who = "`hf auth login` or --hub_token says who you are"
+        with fail_together(), _told_in_one_line(f"--push_to_hub: cannot make {name} on the hub ({who})"):
             super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, **kwargs):

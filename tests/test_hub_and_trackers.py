@@ -104,14 +104,14 @@ print(model(**inputs).start_logits.tolist())
 
 def test_a_hub_that_does_not_let_us_is_said_before_training(command, hub, tmp_path, capsys):
     line = refusal(capsys, [*command, *PUSH])
-    assert "error: --push_to_hub: cannot make my-squad on the hub: Token is required. " in line
+    assert "error: --push_to_hub: cannot make my-squad on the hub (`hf auth login`" in line and "Token is" in line
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_push_that_fails_is_made_up_for_by_the_same_command(command, hub, tmp_path, capsys):
     hub.error = ConnectionError("no route\nto the hub")
     line = refusal(capsys, [*command, *PUSH, "--hub_token", TOKEN])
-    assert "error: cannot push to the hub: no route to the hub. " in line
+    assert "error: cannot push to the hub (all of it " in line and line.endswith(": no route to the hub")
     assert str(tmp_path / "out") in line and "the same command" in line
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     hub.error = None
