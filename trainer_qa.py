@@ -85,14 +85,16 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         run_settings: dict | None = None,
         **kwargs,
     ):
-        check_private_parts(Trainer)
+        check_private_parts()
         training_args = kwargs["args"]
         # With its own generator the sampler is reseeded here at each epoch, accelerate's seedable one would not be.
         training_args.accelerator_config.use_seedable_sampler = False
         # Rotation waits until the new checkpoint is complete, which `Trainer._save_checkpoint` cannot know.
         self.save_total_limit, training_args.save_total_limit = training_args.save_total_limit, None
         training_args.remove_unused_columns = False  # by the names that a model takes, which `window` is not
-        training_args.logging_nan_inf_filter = False  # it waits for the device at each batch, as `check_step` does once
+        training_args.logging_nan_inf_filter = (
+            False  # it waits for the device at each batch, as this program does at each step
+        )
         training_args.restore_callback_states_from_checkpoint = True  # so that early stopping counts on
         super().__init__(*args, **kwargs)
         if self.train_dataset is not None:
@@ -102,7 +104,7 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         self.post_process_function = post_process_function
         self.run_settings = run_settings or {}
         self.signal_received = 0  # by this process
-        self.stop_signal = 0  # agreed on by all processes
+        self.stop_signal = 0  # by any process, as they all know since the last step
         self._order = torch.Generator()
         self._search: AnswerSearch | None = None  # of the evaluation in progress
         self._loss_sum = torch.zeros((), device=training_args.device)  # of this process, since the last log entry
@@ -140,9 +142,6 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         metrics = self._answer(features, examples, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.is_in_train:
-            self._agree_on_signal()
-            self._save_before_stopping()
         return metrics
 
     def predict(self, predict_dataset, predict_examples, ignore_keys=None, metric_key_prefix="predict"):
@@ -253,7 +252,7 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         bad_gradient = torch.zeros_like(bad_loss)
         if self.accelerator.scaler is None:  # float16's looks for itself
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's are in shards
             bad_gradient = ~torch.isfinite(norm).to(bad_loss.device)  # the norm of no gradients is on the CPU
         received = torch.tensor(self.signal_received, device=bad_loss.device)
         flags = self._maximum(torch.stack([bad_loss, bad_gradient, received]))
@@ -310,11 +309,6 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
-    def _agree_on_signal(self) -> int:
-        """The signal that any process was asked to stop by, or 0; every process must call this."""
-        self.stop_signal = int(self._maximum(torch.tensor(self.signal_received, device=self.args.device)))
-        return self.stop_signal
-
     def _maximum(self, numbers: torch.Tensor) -> torch.Tensor:
         """The element-wise maximum over all processes."""
         if self.args.world_size > 1:
@@ -322,9 +316,13 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         return numbers
 
     def stop_if_asked(self, folder: str | None = None) -> None:
-        """Raises `TrainingStopped` for a signal; `folder` (by default output_dir) holds the run so far."""
-        if self._agree_on_signal():
-            raise TrainingStopped(self.stop_signal, folder or self.args.output_dir, self.args)
+        """Raises `TrainingStopped` where any process has received a signal; every process must call this.
+
+        folder: what holds the run so far, by default output_dir.
+        """
+        stop_signal = int(self._maximum(torch.tensor(self.signal_received, device=self.args.device)))
+        if stop_signal:
+            raise TrainingStopped(stop_signal, folder or self.args.output_dir, self.args)
 
     # ---- Checkpoints ----
 
@@ -332,16 +330,13 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         """What is due at the end of an epoch comes at its last step, since it belongs into the checkpoint of that."""
         if control.should_training_stop or state.epoch == int(state.epoch):
             DefaultFlowCallback().on_epoch_end(args, state, control)
-        self._save_before_stopping()
+        if self.stop_signal:
+            control.should_save = True
+            if args.save_strategy == SaveStrategy.BEST:  # else the Trainer saves only where that is the best
+                args.save_strategy = SaveStrategy.STEPS
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_log = control.should_evaluate = control.should_save = False
-
-    def _save_before_stopping(self) -> None:
-        if self.stop_signal:
-            self.control.should_save = True
-            if self.args.save_strategy == SaveStrategy.BEST:  # else the Trainer saves only where that is the best
-                self.args.save_strategy = SaveStrategy.STEPS
 
     def _save_checkpoint(self, model, trial):
         """Saves all that a resumed run needs, then the marker that it is complete, and only then removes older ones.
@@ -448,9 +443,9 @@ def _told_in_one_line(what: str):
         raise QAError(f"{what}: {one_line(error)}") from error
 
 
-def check_private_parts(trainer_class: type) -> None:
+def check_private_parts() -> None:
     """Raises QAError where the Trainer lacks a method that is overridden here, naming it and both versions."""
-    missing = [name for name in PRIVATE_METHODS if not hasattr(trainer_class, name)]
+    missing = [name for name in PRIVATE_METHODS if not hasattr(Trainer, name)]
     if missing:
         raise QAError(
             f"the Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which this program "
