@@ -238,6 +238,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         logger.info("Training was finished before; going on with the model in %s.", training_args.output_dir)
         trainer.state = TrainerState.load_from_json(os.path.join(training_args.output_dir, "trainer_state.json"))
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+        trainer.state.is_local_process_zero = trainer.is_local_process_zero()
     elif training_args.do_train:
         train(trainer, settings, checkpoint, answer_changes)
     scores = {}

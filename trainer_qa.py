@@ -30,8 +30,8 @@ from transformers.trainer_utils import SaveStrategy, speed_metrics
 
 from qa import checkpoints
 from qa.columns import column
-from qa.distributed import fail_together, gather, on_main_process
-from qa.files import QAError, one_line, write_json
+from qa.distributed import fail_together, gather, on_main_process, writing
+from qa.files import QAError, told_in_one_line, write_json
 from qa.load_model import load_weights, rename_extra_special_tokens
 from utils_qa import AnswerSearch, AnswerSettings
 
@@ -42,9 +42,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INPUTS = ("input_ids", "token_type_ids")
 TRAINING_COLUMNS = (*INPUTS, "start_positions", "end_positions", "length")
 
-# What is overridden here of the Trainer beside its public methods, and the versions of transformers it was tested with.
+# What is overridden here of the Trainer beside its public methods, and the newest transformers it was tested with.
 PRIVATE_METHODS = ("_get_train_sampler", "_load_best_model", "_load_from_checkpoint", "_save_checkpoint")
-TESTED_VERSIONS = ("5.2.0", "5.24.0")
+NEWEST_TESTED = "5.24.0"
 
 # Before 5.18, transformers resumes several processes on CPUs with the optimizer on "cpu:0", which torch does not know.
 torch.serialization.register_package(
@@ -92,9 +92,7 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         # Rotation waits until the new checkpoint is complete, which `Trainer._save_checkpoint` cannot know.
         self.save_total_limit, training_args.save_total_limit = training_args.save_total_limit, None
         training_args.remove_unused_columns = False  # by the names that a model takes, which `window` is not
-        training_args.logging_nan_inf_filter = (
-            False  # it waits for the device at each batch, as this program does at each step
-        )
+        training_args.logging_nan_inf_filter = False  # it waits for the device at each batch; we do at each step
         training_args.restore_callback_states_from_checkpoint = True  # so that early stopping counts on
         super().__init__(*args, **kwargs)
         if self.train_dataset is not None:
@@ -113,7 +111,7 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         for tracker, callback_class in INTEGRATION_TO_CALLBACK.items():
             for callback in self.callback_handler.callbacks:
                 if type(callback) is callback_class and hasattr(callback, "setup"):
-                    callback.setup = _told_in_one_line(f"--report_to {tracker}")(callback.setup)
+                    callback.setup = told_in_one_line(f"--report_to {tracker}")(callback.setup)
 
     # ---- Order of the training windows ----
 
@@ -346,12 +344,12 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         folder = checkpoints.checkpoint_folder(self.args.output_dir, self.state.global_step)
         loss_sums = gather(self._loss_sum.item())
         try:
-            with _writing(folder):
+            with writing(folder):
                 if self.args.should_save and os.path.exists(folder):
                     checkpoints.remove_checkpoint(folder)
-            with _writing(folder):
+            with writing(folder):
                 super()._save_checkpoint(model, trial)
-            with _writing(folder):
+            with writing(folder):
                 if self.args.should_save:
                     resumable = not self.args.save_only_model
                     checkpoints.mark_complete(folder, self.run_settings, resumable, loss_sums)
@@ -383,13 +381,13 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, but never pushes to the hub: that comes once, with the metrics."""
         folder = output_dir or self.args.output_dir
-        with _writing(folder):
+        with writing(folder):
             super().save_model(folder, _internal_call=True)
             if self.args.should_save:
                 rename_extra_special_tokens(folder)
 
     def save_state(self) -> None:
-        with _writing(self.args.output_dir):
+        with writing(self.args.output_dir):
             super().save_state()
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
@@ -411,13 +409,13 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         """As `Trainer.init_hf_repo`, which comes before training. Raises QAError where the hub does not let us."""
         name = self.args.hub_model_id or self.args.output_dir
         who = "`hf auth login` or --hub_token says who you are"
-        with fail_together(), _told_in_one_line(f"--push_to_hub: cannot make {name} on the hub ({who})"):
+        with fail_together(), told_in_one_line(f"--push_to_hub: cannot make {name} on the hub ({who})"):
             super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, **kwargs):
         """As `Trainer.push_to_hub`: sends output_dir, checkpoints aside. Raises QAError where that fails."""
         again = f"all of it stands in {self.args.output_dir}; {checkpoints.same_command(self.args)} tries again"
-        with fail_together(), _told_in_one_line(f"cannot push to the hub ({again})"):
+        with fail_together(), told_in_one_line(f"cannot push to the hub ({again})"):
             return super().push_to_hub(**kwargs)
 
 
@@ -425,30 +423,11 @@ def _select(features, columns: tuple[str, ...]):
     return features.select_columns([name for name in columns if name in features.column_names])
 
 
-@contextlib.contextmanager
-def _writing(place: str):
-    """Raises `QAError` on every process where one cannot write, so that none waits for one that is gone."""
-    with fail_together(), _told_in_one_line(f"cannot write {place}"):
-        yield
-
-
-@contextlib.contextmanager
-def _told_in_one_line(what: str):
-    """Raises QAError for whatever error of a library: those of writers, trackers and the hub are of many classes."""
-    try:
-        yield
-    except QAError:
-        raise
-    except Exception as error:
-        raise QAError(f"{what}: {one_line(error)}") from error
-
-
 def check_private_parts() -> None:
-    """Raises QAError where the Trainer lacks a method that is overridden here, naming it and both versions."""
+    """Raises QAError where the Trainer lacks a method that is overridden here: the override would never be called."""
     missing = [name for name in PRIVATE_METHODS if not hasattr(Trainer, name)]
     if missing:
         raise QAError(
             f"the Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which this program "
-            f"needs; it was tested with {TESTED_VERSIONS[0]} to {TESTED_VERSIONS[1]}: "
-            f"pip install transformers=={TESTED_VERSIONS[1]}"
+            f"needs: pip install transformers=={NEWEST_TESTED}"
         )

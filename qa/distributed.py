@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 import transformers
 
-from qa.files import QAError, one_line
+from qa.files import QAError, one_line, told_in_one_line
 
 OUR_LOGGERS = ("run_squad", "trainer_qa", "qa")
 
@@ -58,6 +58,13 @@ def fail_together():
     messages = [message for message in gather(failure and one_line(failure)) if message]
     if messages:
         raise failure or QAError(messages[0])
+
+
+@contextlib.contextmanager
+def writing(place: str):
+    """Raises QAError on every process where one cannot write to `place`."""
+    with fail_together(), told_in_one_line(f"cannot write {place}"):
+        yield
 
 
 def on_main_process(function: Callable):

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 
@@ -22,6 +22,17 @@ def require_at_least_1(settings, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise QAError(f"--{name} is {value}, must be at least 1")
+
+
+@contextlib.contextmanager
+def told_in_one_line(what: str) -> Iterator[None]:
+    """Raises QAError for whatever error of a library: those of writers, trackers and the hub are of many classes."""
+    try:
+        yield
+    except QAError:
+        raise
+    except Exception as error:
+        raise QAError(f"{what}: {one_line(error)}") from error
 
 
 class OneLineParser(argparse.ArgumentParser):
