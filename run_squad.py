@@ -52,6 +52,9 @@ OUT_OF_MEMORY = (
     "--per_device_eval_batch_size), or try --gradient_checkpointing, --bf16 or a smaller --max_seq_length"
 )
 
+# One of these is set where a launcher has started this process.
+LAUNCHER_VARIABLES = "LOCAL_RANK WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
+
 
 @dataclass
 class ModelArguments:
@@ -175,6 +178,12 @@ class QATrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Unset, every process under torchrun would be a world of its own and train alone into the same folder.
             self.use_cpu = True
+            if self.fsdp:
+                raise QAError("--fsdp needs GPUs, and there is none here: leave it out")
+        if not any(name in os.environ for name in LAUNCHER_VARIABLES):
+            self.ddp_backend = None  # which a single process could not start
+        if self.run_name is None:  # a tracker's name for the run, under which its parts come together
+            self.run_name = os.path.basename(os.path.normpath(self.output_dir))
         if self.use_cpu or torch.cuda.is_available():
             meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
         super().__post_init__()
@@ -331,6 +340,11 @@ def make_windows(examples: dict, tokenizer, data_args, training_args) -> dict:
     if "train" in features:
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         features["train"] = keep_negative_windows(features["train"], data_args.negative_windows, seed)
+        batch = training_args.train_batch_size * training_args.world_size
+        if training_args.dataloader_drop_last and len(features["train"]) < batch:
+            raise QAError(
+                f"--dataloader_drop_last leaves nothing of {len(features['train'])} windows in batches of {batch}"
+            )
     return features
 
 

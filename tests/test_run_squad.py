@@ -197,7 +197,7 @@ def test_one_json_file_is_the_same_as_flags(command, tmp_path):
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
     from_file = run_squad.parse_arguments([str(tmp_path / "arguments.json")])
     for group, same in zip(from_file, run_squad.parse_arguments(flags), strict=True):
-        ours, theirs = ({**vars(each), "logging_dir": None} for each in (group, same))
+        ours, theirs = ({**vars(each), "disable_tqdm": None} for each in (group, same))  # it goes by the log level
         assert {name: str(value) for name, value in ours.items()} == {
             name: str(value) for name, value in theirs.items()
         }
@@ -256,6 +256,10 @@ def test_help_shows_every_flag_once_with_its_default(capsys):
         ("--do_eval --validation_file {dev} --model_name_or_path {damaged}", ["cannot load a model from"]),
         ("--do_eval --validation_file {dev} --report_to clearml", ["--report_to clearml", "installed"]),
         ("--do_train --train_file {train} --early_stopping_patience 1", ["--early_stopping_patience", "evaluations"]),
+        ("--do_train --train_file {train} --early_stopping_patience 0", ["--early_stopping_patience is 0"]),
+        ("--do_train --train_file {train} --fsdp full_shard", ["--fsdp needs GPUs"]),
+        ("--do_train --train_file {train} --dataloader_drop_last --per_device_train_batch_size 13",
+         ["--dataloader_drop_last leaves nothing of 12 windows in batches of 13"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_training(inputs, command, tmp_path, capsys, flags, says):
