@@ -1,8 +1,5 @@
 """Columns of Arrow that datasets has no function for: distinct texts, whole columns, files."""
 
-import contextlib
-import os
-import uuid
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.features import features as registry
 
-from qa.files import QAError, one_line
+from qa.files import written_whole
 
 ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
 
@@ -69,19 +66,8 @@ def column(dataset: Dataset, name: str) -> pa.Array:
 
 
 def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
-    """Writes an Arrow file that `Dataset.from_file` reads. A reader sees no file or the whole one, never a part.
-
-    Raises QAError that names the file where it cannot be written, as on a full disk.
-    """
-    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with pa.OSFile(partial, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+    """Writes an Arrow file that `Dataset.from_file` reads, as `written_whole` does."""
+    with written_whole(path) as partial, pa.OSFile(partial, "wb") as file:
+        with pa.ipc.new_stream(file, features.arrow_schema) as writer:
             for table in tables:
                 writer.write_table(table.cast(features.arrow_schema), max_chunksize=ROWS_PER_RECORD_BATCH)
-        os.replace(partial, path)
-    except OSError as error:
-        raise QAError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
