@@ -55,7 +55,7 @@ def load_examples(
         with hub.loading(what, dataset_name, "dataset", token=token, cache_dir=cache_dir) as id_:
             found = datasets.load_dataset(id_, dataset_config_name, cache_dir=cache_dir, token=token)
         for split in ("train", "validation", "test"):
-            if split in found:
+            if split in found and files.get(split) is None:
                 splits[split] = _read_hub_split(found[split], f"{dataset_name} ({split})")
     for split, path in files.items():
         if path is not None:
