@@ -54,9 +54,11 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
 
 
 def write_text(path: str | os.PathLike, pieces: Iterable[str]) -> None:
-    """Writes the pieces, one after the other, as UTF-8, as `written_whole` does."""
+    """Writes the pieces, one after the other, as UTF-8, as `written_whole` does, and flushes them to the disk."""
     with written_whole(path) as partial, open(partial, "w", encoding="utf-8", buffering=2**20) as file:
         file.writelines(pieces)
+        file.flush()
+        os.fsync(file.fileno())  # a loss of power would leave the new name and none of its bytes
 
 
 def write_json(path: str | os.PathLike, obj) -> None:
