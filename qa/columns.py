@@ -1,4 +1,4 @@
-"""Columns of Arrow that datasets has no function for: distinct texts, whole columns, files."""
+"""Columns of Arrow that datasets has no function for: distinct texts, whole columns, lists, files."""
 
 import warnings
 from collections.abc import Iterable
@@ -30,9 +30,7 @@ class DistinctText:
         return self.pa_type
 
     def cast_storage(self, storage: pa.Array) -> pa.Array:
-        if storage.type == self.pa_type:
-            return storage
-        return storage.cast(self.pa_type.value_type).dictionary_encode()
+        return storage.cast(self.pa_type)
 
 
 with warnings.catch_warnings():
@@ -49,10 +47,7 @@ class Texts(NamedTuple):
 
 def distinct_texts(dataset: Dataset, name: str, rows: slice = slice(None)) -> Texts:
     """The texts of some rows, each distinct one once, whether they are stored so (dictionary-encoded) or row by row."""
-    column = dataset.with_format("arrow", columns=[name])[rows].column(name)
-    if not pa.types.is_dictionary(column.type):  # large strings: texts of more than 2 GB make one array
-        column = column.cast(pa.large_string()).dictionary_encode()
-    column = column.combine_chunks()
+    column = dataset.with_format("arrow", columns=[name])[rows].column(name).cast(DistinctText.pa_type).combine_chunks()
     # A selection of rows has the dictionary of all of them.
     used, first, row = np.unique(column.indices.to_numpy(), return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -63,6 +58,11 @@ def distinct_texts(dataset: Dataset, name: str, rows: slice = slice(None)) -> Te
 def column(dataset: Dataset, name: str) -> pa.Array:
     """One column as one Arrow array: no Python object per row, and a selection or shuffle of rows is honoured."""
     return dataset.with_format("arrow", columns=[name])[:].column(name).combine_chunks()
+
+
+def lists(lengths: np.ndarray | list[int], values: np.ndarray) -> pa.ListArray:
+    """Lists of so many of the values each."""
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), values)
 
 
 def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
