@@ -30,9 +30,9 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
         "test": (training_args.do_predict, data_args.test_file, data_args.max_predict_samples),
     }
     needed = {split: (file, most) for split, (asked, file, most) in needed.items() if asked}
-    files = {split: file for split, (file, _) in needed.items() if file is not None}
+    files = {split: file for split, (file, _) in needed.items()}
     percentage = data_args.validation_split_percentage
-    if percentage and data_args.train_file is not None:
+    if percentage:
         files["train"] = data_args.train_file
     with training_args.main_process_first(desc="reading the questions"):
         splits = load_examples(
@@ -53,9 +53,9 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
             given = f"{source} has {', '.join(splits)}" if source else "no data are given"
             raise QAError(f"no {split} questions: {given}; give --{split}_file or a --dataset_name that has them{hint}")
         questions = splits[split]
-        if split != "test" and "answers" not in questions.column_names:
-            raise QAError(f"{source}: no question has the key 'answers', which {split} needs")
         if split != "test":
+            if "answers" not in questions.column_names:
+                raise QAError(f"{source}: no question has the key 'answers', which {split} needs")
             warn_of_flags(split, questions, source, data_args.version_2_with_negative)
         if split == "train":
             questions, answer_changes = align_answers(questions, source, data_args.misplaced_answers)
