@@ -164,22 +164,18 @@ def plan_training(training_args, settings: dict, restarted: bool) -> tuple[bool,
     """
     folder = Path(training_args.output_dir)
     file = folder / RUN_STATE
-    state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    restarted = restarted and state is not None
-    named = training_args.resume_from_checkpoint
-    if training_args.overwrite_output_dir and not restarted:
-        if named is None:
-            _check_start_stays(folder, settings)
-        checkpoint = named
-    elif state is None:
-        _check_is_free(folder, named)
-        checkpoint = named
-    else:
+    checkpoint = named = training_args.resume_from_checkpoint
+    if file.exists() and (restarted or not training_args.overwrite_output_dir):
+        state = json.loads(file.read_text(encoding="utf-8"))
         check_settings(state["settings"], settings, folder)
         if state["status"] == "trained":
             return True, None
         newest = _newest_to_resume(folder)
-        checkpoint = named if named and not restarted else newest or named
+        checkpoint = newest or named if restarted else named or newest
+    elif not training_args.overwrite_output_dir:
+        _check_is_free(folder, named)
+    elif named is None:
+        _check_start_stays(folder, settings)
     if checkpoint is not None:
         _check_resumable(checkpoint, settings)
     return False, checkpoint

@@ -1,8 +1,5 @@
-"""Columns of Arrow that datasets has no function for: distinct texts, whole columns, files."""
+"""Columns of Arrow that datasets has no function for: distinct texts, whole columns, lists, files."""
 
-import contextlib
-import os
-import uuid
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.features import features as registry
 
-from qa.files import QAError, one_line
+from qa.files import written_whole
 
 ROWS_PER_RECORD_BATCH = 1000  # as datasets writes them
 
@@ -33,9 +30,7 @@ class DistinctText:
         return self.pa_type
 
     def cast_storage(self, storage: pa.Array) -> pa.Array:
-        if storage.type == self.pa_type:
-            return storage
-        return storage.cast(self.pa_type.value_type).dictionary_encode()
+        return storage.cast(self.pa_type)
 
 
 with warnings.catch_warnings():
@@ -52,10 +47,7 @@ class Texts(NamedTuple):
 
 def distinct_texts(dataset: Dataset, name: str, rows: slice = slice(None)) -> Texts:
     """The texts of some rows, each distinct one once, whether they are stored so (dictionary-encoded) or row by row."""
-    column = dataset.with_format("arrow", columns=[name])[rows].column(name)
-    if not pa.types.is_dictionary(column.type):  # large strings: texts of more than 2 GB make one array
-        column = column.cast(pa.large_string()).dictionary_encode()
-    column = column.combine_chunks()
+    column = dataset.with_format("arrow", columns=[name])[rows].column(name).cast(DistinctText.pa_type).combine_chunks()
     # A selection of rows has the dictionary of all of them.
     used, first, row = np.unique(column.indices.to_numpy(), return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -68,20 +60,14 @@ def column(dataset: Dataset, name: str) -> pa.Array:
     return dataset.with_format("arrow", columns=[name])[:].column(name).combine_chunks()
 
 
-def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
-    """Writes an Arrow file that `Dataset.from_file` reads. A reader sees no file or the whole one, never a part.
+def lists(lengths: np.ndarray | list[int], values: np.ndarray) -> pa.ListArray:
+    """Lists of so many of the values each."""
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), values)
 
-    Raises QAError that names the file where it cannot be written, as on a full disk.
-    """
-    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with pa.OSFile(partial, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+
+def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
+    """Writes an Arrow file that `Dataset.from_file` reads, as `written_whole` does."""
+    with written_whole(path) as partial, pa.OSFile(partial, "wb") as file:
+        with pa.ipc.new_stream(file, features.arrow_schema) as writer:
             for table in tables:
                 writer.write_table(table.cast(features.arrow_schema), max_chunksize=ROWS_PER_RECORD_BATCH)
-        os.replace(partial, path)
-    except OSError as error:
-        raise QAError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
@@ -45,22 +46,30 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {error}\n")
 
 
-def write_text(path: str | os.PathLike, pieces: Iterable[str]) -> None:
-    """Writes the pieces, one after the other, as UTF-8. A reader sees the old file or the new one, never a part.
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[str]:
+    """Gives the name to write a file under, which becomes `path` at the end: a reader never sees a part of it.
 
     Raises QAError that names the file where it cannot be written, as on a full disk.
     """
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+    partial = f"{os.fspath(path)}.{uuid.uuid4().hex[:8]}.partial"
     try:
         os.makedirs(os.path.dirname(partial) or ".", exist_ok=True)
-        with open(partial, "w", encoding="utf-8", buffering=2**20) as file:
-            file.writelines(pieces)
+        yield partial
         os.replace(partial, path)
     except OSError as error:
         raise QAError(f"cannot write {os.fspath(path)}: {error.strerror or one_line(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
+
+
+def write_text(path: str | os.PathLike, pieces: Iterable[str]) -> None:
+    """Writes the pieces, one after the other, as UTF-8, as `written_whole` does, and flushes them to the disk."""
+    with written_whole(path) as partial, open(partial, "w", encoding="utf-8", buffering=2**20) as file:
+        file.writelines(pieces)
+        file.flush()
+        os.fsync(file.fileno())  # a loss of power would leave the new name and none of its bytes
 
 
 def write_json(path: str | os.PathLike, obj) -> None:

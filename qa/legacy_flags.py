@@ -11,7 +11,6 @@ import difflib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -30,7 +29,11 @@ def parse_flags(dataclass_types: Iterable[type], argv: list[str], **settings: An
     other, and for values that the parser or the dataclasses (such as transformers' TrainingArguments) do not accept.
     """
     parser = make_parser(dataclass_types, **settings)
-    argv, notices = drop_trailing_backslash(argv)
+    notices = []
+    # Where a command ends with a backslash, as published ones do, shells hand over it or what stood after it.
+    if argv and argv[-1] in ("\\", " ", "\t", "\r", "\n"):
+        *argv, end = argv
+        notices = [f"dropped the last argument, {end!r}: any flags on a line after it did not arrive"]
     file = argv[0] if len(argv) == 1 and argv[0].endswith(".json") else None
     try:
         flags = split_flags(argv) if file is None else flags_from_json(file)
@@ -45,9 +48,11 @@ def parse_flags(dataclass_types: Iterable[type], argv: list[str], **settings: An
 def make_parser(dataclass_types: Iterable[type], **settings: Any) -> HfArgumentParser:
     """HfArgumentParser without abbreviations, so that a misspelt or an old flag is never taken for another one, with
     several values for --report_to, and with QAError for its errors."""
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, formatter_class=HelpFormatter, **settings)
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, **settings)
     parser.error = raise_error
     for action in parser._actions:
+        # Not those with dashes, which `split_flags` makes these of.
+        action.option_strings = [spelling for spelling in action.option_strings if "-" not in spelling[2:]]
         if action.dest == "report_to":
             action.nargs = "+"
     return parser
@@ -55,21 +60,6 @@ def make_parser(dataclass_types: Iterable[type], **settings: Any) -> HfArgumentP
 
 def raise_error(message: str) -> NoReturn:
     raise QAError(message)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves out the spellings with dashes."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return re.sub(r", --\w+-.*", "", super()._format_action_invocation(action))
-
-
-def drop_trailing_backslash(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Drops what shells hand over where a command ends with a backslash, as published ones do: itself, or the space or
-    end of line that stood after it. Returns a log line where it does."""
-    if not argv or argv[-1] not in ("\\", " ", "\t", "\r", "\n"):
-        return argv, []
-    return argv[:-1], [f"dropped the last argument, {argv[-1]!r}: any flags on a line after it did not arrive"]
 
 
 def split_flags(argv: list[str]) -> Flags:

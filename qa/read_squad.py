@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -48,7 +49,14 @@ def load_examples(
 
     Raises QAError: the dataset is not found or has other columns, a file is not SQuAD, a split holds no question.
     """
-    splits = _load_hub_dataset(dataset_name, dataset_config_name, cache_dir, token) if dataset_name else {}
+    splits = {}
+    if dataset_name:
+        what = f"--dataset_name {dataset_name}: cannot be loaded from the hub or its cache"
+        with hub.loading(what, dataset_name, "dataset", token=token, cache_dir=cache_dir) as id_:
+            found = datasets.load_dataset(id_, dataset_config_name, cache_dir=cache_dir, token=token)
+        for split in ("train", "validation", "test"):
+            if split in found and files.get(split) is None:
+                splits[split] = _read_hub_split(found[split], f"{dataset_name} ({split})")
     for split, path in files.items():
         if path is not None:
             splits[split] = read_squad_file(path, cache_dir)
@@ -69,17 +77,6 @@ def read_squad_file(path: str | os.PathLike, cache_dir: str | None = None) -> Da
         return _read_once(file_rows(file), path, directory, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _load_hub_dataset(name: str, config_name: str | None, cache_dir: str | None, token) -> dict[str, Dataset]:
-    what = f"--dataset_name {name}: cannot be loaded from the hub or its cache"
-    with hub.loading(what, name, "dataset", token=token, cache_dir=cache_dir) as id_:
-        dataset_splits = datasets.load_dataset(id_, config_name, cache_dir=cache_dir, token=token)
-    return {
-        split: _read_hub_split(dataset, f"{name} ({split})")
-        for split, dataset in dataset_splits.items()
-        if split in ("train", "validation", "test")
-    }
-
-
 def _read_hub_split(dataset: Dataset, source: str) -> Dataset:
     """The examples of a dataset whose rows are of any layout, kept beside the dataset's own file."""
     files = [file["filename"] for file in dataset.cache_files]
@@ -88,13 +85,9 @@ def _read_hub_split(dataset: Dataset, source: str) -> Dataset:
     key = repr((dataset._fingerprint, [(file, os.stat(file).st_mtime_ns) for file in files]))
     key = hashlib.sha256(key.encode()).hexdigest()
     with errors_of(source):
-        return _read_once(record_rows(_hub_records(dataset)), source, directory, key)
-
-
-def _hub_records(dataset: Dataset) -> Iterator[dict]:
-    known = dataset.select_columns(known_columns(dataset.column_names)).with_format("arrow")
-    for table in known.iter(layouts.ROWS_PER_BATCH):
-        yield from table.to_pylist()
+        known = dataset.select_columns(known_columns(dataset.column_names)).with_format("arrow")
+        records = chain.from_iterable(table.to_pylist() for table in known.iter(layouts.ROWS_PER_BATCH))
+        return _read_once(record_rows(records), source, directory, key)
 
 
 def _read_once(rows: Iterator[dict], source: str, directory: str, key: str) -> Dataset:

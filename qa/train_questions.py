@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from datasets.table import InMemoryTable
 
 from qa.columns import column, distinct_texts
 from qa.files import QAError
@@ -31,9 +30,9 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
         "test": (training_args.do_predict, data_args.test_file, data_args.max_predict_samples),
     }
     needed = {split: (file, most) for split, (asked, file, most) in needed.items() if asked}
-    files = {split: file for split, (file, _) in needed.items() if file is not None}
+    files = {split: file for split, (file, _) in needed.items()}
     percentage = data_args.validation_split_percentage
-    if percentage and data_args.train_file is not None:
+    if percentage:
         files["train"] = data_args.train_file
     with training_args.main_process_first(desc="reading the questions"):
         splits = load_examples(
@@ -54,9 +53,9 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
             given = f"{source} has {', '.join(splits)}" if source else "no data are given"
             raise QAError(f"no {split} questions: {given}; give --{split}_file or a --dataset_name that has them{hint}")
         questions = splits[split]
-        if split != "test" and "answers" not in questions.column_names:
-            raise QAError(f"{source}: no question has the key 'answers', which {split} needs")
         if split != "test":
+            if "answers" not in questions.column_names:
+                raise QAError(f"{source}: no question has the key 'answers', which {split} needs")
             warn_of_flags(split, questions, source, data_args.version_2_with_negative)
         if split == "train":
             questions, answer_changes = align_answers(questions, source, data_args.misplaced_answers)
@@ -136,10 +135,8 @@ def align_answers(examples: Dataset, source: str, misplaced: str = "repair") -> 
     count characters of the context, end exclusive; the last two are None where the question is left out. Logs the count
     and first ids of both.
 
-    Raises QAError when `examples` has no answers or none remain, and for "refuse".
+    Raises QAError when none remain, and for "refuse".
     """
-    if "answers" not in examples.column_names:
-        raise QAError(f'{source}: missing key "answers": without gold answers it cannot be trained on')
     changes = misplaced_answers(examples, repair=misplaced == "repair")
     if changes and misplaced == "refuse":
         what = "have an answer that does not stand at its answer_start: --misplaced_answers repair looks for it"
@@ -205,11 +202,8 @@ def find_answer(context: str, text: str, start: int) -> tuple[int, int] | None:
     """
     if not text.strip():
         return None
-    words = re.compile(r"\s+".join(map(re.escape, text.split())))
-    spans, found = [], words.search(context)
-    while found:
-        spans.append(found.span())
-        found = words.search(context, found.start() + 1)  # occurrences may overlap
+    words = r"\s+".join(map(re.escape, text.split()))
+    spans = [found.span(1) for found in re.finditer(f"(?=({words}))", context)]  # occurrences may overlap
     if start < 0 and len(spans) > 1:
         return None
     return min(spans, key=lambda span: abs(span[0] - start), default=None)
@@ -217,18 +211,17 @@ def find_answer(context: str, text: str, start: int) -> tuple[int, int] | None:
 
 def _with_repaired_answers(examples: Dataset, repaired: dict[int, dict]) -> Dataset:
     """With the context's own characters as the first answers of the rows that are repaired."""
-    contexts, answers = distinct_texts(examples, "context"), column(examples, "answers")
-    strings, values = contexts.distinct.to_pylist(), answers.to_pylist()
+    # Of a selection of rows, add_column would first write each of its contexts out once a question.
+    stored = Dataset(examples.data, info=examples.info)
+    rows = np.arange(len(stored)) if examples._indices is None else examples._indices.column(0).to_numpy()
+    answers = column(stored, "answers")
+    values = answers.to_pylist()
     for row, change in repaired.items():
         begin, end = change["repaired_start"], change["repaired_end"]
-        values[row]["text"][0], values[row]["answer_start"][0] = strings[contexts.row[row]][begin:end], begin
-    answers = pa.array(values, answers.type)
-    if len(examples) == len(examples.data):
-        return examples.remove_columns("answers").add_column("answers", answers)
-    # A selection of rows; add_column would first write each of its contexts out once a question.
-    table = examples.with_format("arrow")[:]
-    table = table.set_column(table.column_names.index("answers"), "answers", answers)
-    return Dataset(InMemoryTable(table), info=examples.info)
+        answer = values[rows[row]]
+        answer["text"][0], answer["answer_start"][0] = examples[row]["context"][begin:end], begin
+    stored = stored.remove_columns("answers").add_column("answers", pa.array(values, answers.type))
+    return stored.select(rows)
 
 
 def _count(changes: Collection[dict], examples: Dataset, source: str, what: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from qa.columns import Texts, column, distinct_texts, write_arrow
+from qa.columns import Texts, column, distinct_texts, lists, write_arrow
 from qa.files import QAError, require_at_least_1
 
 logger = logging.getLogger(__name__)
@@ -161,21 +161,21 @@ def _feature_tables(
     }
     if answers is not None:
         columns |= _labels(answers, contexts, windows, columns["context_start"])
-    lists = {"input_ids": "int32", "token_type_ids": "int8", "char_starts": "int32", "char_ends": "int32"}
+    dtypes = {"input_ids": "int32", "token_type_ids": "int8", "char_starts": "int32", "char_ends": "int32"}
     if "token_type_ids" not in tokenizer.model_input_names:
-        del lists["token_type_ids"]
-    features = {name: List(Value(dtype)) for name, dtype in lists.items()} | dict.fromkeys(columns, Value("int32"))
+        del dtypes["token_type_ids"]
+    features = {name: List(Value(dtype)) for name, dtype in dtypes.items()} | dict.fromkeys(columns, Value("int32"))
 
     def tables():
         for low in range(0, len(windows.example), WINDOWS_PER_BATCH):
             batch = slice(low, low + WINDOWS_PER_BATCH)
             table = {name: pa.array(values[batch], pa.int32()) for name, values in columns.items()}
             tokens = _ranges(starts[batch].ravel(), lengths[batch].ravel())
-            table["input_ids"] = _lists(lengths[batch].sum(1), pool[tokens])
-            table["token_type_ids"] = _lists(lengths[batch].sum(1), pool_types[tokens])
+            table["input_ids"] = lists(lengths[batch].sum(1), pool[tokens])
+            table["token_type_ids"] = lists(lengths[batch].sum(1), pool_types[tokens])
             tokens = _ranges(first_context_token[batch], windows.length[batch])
-            table["char_starts"] = _lists(windows.length[batch], contexts.char_starts[tokens])
-            table["char_ends"] = _lists(windows.length[batch], contexts.char_ends[tokens])
+            table["char_starts"] = lists(windows.length[batch], contexts.char_starts[tokens])
+            table["char_ends"] = lists(windows.length[batch], contexts.char_ends[tokens])
             yield pa.table({name: table[name] for name in features})
 
     return Features(features), tables()
@@ -189,8 +189,6 @@ def _pair_template(tokenizer) -> tuple[np.ndarray, np.ndarray, list[int]]:
     pair = tokenizer("a", "a", return_token_type_ids=True, return_attention_mask=False)
     text = np.array([-1 if index is None else index for index in pair.sequence_ids(0)])
     question, context = np.flatnonzero(text == 0).tolist(), np.flatnonzero(text == 1).tolist()
-    if not question or not context:
-        raise QAError(f"{type(tokenizer).__name__} of {tokenizer.name_or_path} makes no token of the text 'a'")
     bounds = [0, question[0], question[-1] + 1, context[0], context[-1] + 1, len(text)]
     return np.array(pair["input_ids"], np.int32), np.array(pair["token_type_ids"], np.int8), bounds
 
@@ -199,11 +197,6 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ...: (sum of lengths,) int64."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def _lists(lengths: np.ndarray | list[int], values: np.ndarray) -> pa.ListArray:
-    """Lists of so many of the values each."""
-    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), values)
 
 
 def _labels(answers: pa.StructArray, contexts: Tokens, windows: Windows, context_start) -> dict[str, np.ndarray]:
@@ -259,9 +252,9 @@ def _tokenize(texts: Texts, tokenizer, num_proc: int | None, desc: str) -> Token
         new_fingerprint="tokens",  # kept in memory only, so nobody looks for it; saves hashing texts and tokenizer
         desc=desc,
     )
-    lists = [chunks.combine_chunks() for chunks in tokenized.data.columns]  # ids, char_starts, char_ends
-    offsets = lists[0].offsets.to_numpy().astype(np.int64)
-    return Tokens(texts.row, offsets, *(values.values.to_numpy() for values in lists))
+    columns = [chunks.combine_chunks() for chunks in tokenized.data.columns]  # ids, char_starts, char_ends
+    offsets = columns[0].offsets.to_numpy().astype(np.int64)
+    return Tokens(texts.row, offsets, *(values.values.to_numpy() for values in columns))
 
 
 def _plain_backend(tokenizer) -> tokenizers.Tokenizer:
@@ -287,7 +280,7 @@ def _token_table(rows: dict[str, list[str]], backend: tokenizers.Tokenizer) -> p
         here = slice(stops[number] - lengths[number], stops[number])
         _extend_over_marks(texts[number], starts[here], ends[here])
     columns = {"input_ids": ids, "char_starts": starts, "char_ends": ends}
-    return pa.table({name: _lists(lengths, values) for name, values in columns.items()})
+    return pa.table({name: lists(lengths, values) for name, values in columns.items()})
 
 
 def _extend_over_marks(text: str, starts: np.ndarray, ends: np.ndarray) -> None:
