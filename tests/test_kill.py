@@ -146,26 +146,6 @@ def test_killed_with_two_processes(moments, command, never_killed, tmp_path):
     assert outcome(tmp_path) == never_killed(2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy, sampling", [("no", "sequential"), ("epoch", "random"), ("best", "batch_rebalance")])
-def test_killed_twice_with_other_flags(strategy, sampling, command, tmp_path):
-    command = command + ["--save_strategy", strategy, "--train_sampling_strategy", sampling]
-    if strategy == "no":
-        command.remove("--load_best_model_at_end")
-    if strategy == "epoch":
-        command += ["--eval_strategy", "epoch", "--logging_strategy", "epoch"]
-    finish(command, tmp_path / "never_killed")
-    out = tmp_path / "killed"
-    for moment in (At(f"{TRAINER}.training_step", 37), At("qa.checkpoints.write_run_state", 2)):
-        killed = launch.run(*command, "--output_dir", out, at=moment)
-        assert killed.exit_codes == [-signal.SIGKILL]
-    finish(command, out)
-    for name in ("model.safetensors", "eval_predictions.json"):
-        assert (out / name).read_bytes() == (tmp_path / "never_killed" / name).read_bytes()
-    losses = [read(folder, "train_results.json")["train_loss"] for folder in tmp_path.iterdir()]
-    assert losses[0] == losses[1]
-
-
 def test_evaluation_at_an_epochs_end_comes_before_the_checkpoint_of_its_last_step(command, tmp_path):
     """Else a run killed in between would go on without it."""
     command = [flag for flag in command if flag != "--load_best_model_at_end"] + ["--eval_strategy", "epoch"]

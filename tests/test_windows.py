@@ -282,13 +282,10 @@ def assert_the_tokenizers_own(windows: list[dict], example: dict, tokenizer, set
 MARKED = {  # the answer is the word in brackets
     "Hindi": "कोच [जॉन एलवे] थे।",
     "Hindi, at the end": "कोच [जॉन एलवे]",
-    "Arabic": "قال [أولاً] ثم",
     "Hebrew": "[שָׁלוֹם] רב",
     "Vietnamese, decomposed": unicodedata.normalize("NFD", "ở [Hà Nội], Việt"),
-    "Vietnamese, composed": unicodedata.normalize("NFC", "ở [Hà Nội], Việt"),
     "two marks": "an [e\u0323\u0302] here",
     "enclosing mark": "number [7\u20dd] of",
-    "variation selector": "a [snowman \u2603\ufe0f] there",
 }
 
 
@@ -301,13 +298,12 @@ def uncased_tokenizer(strip_accents: bool = True) -> BertTokenizer:
 
 
 @pytest.mark.parametrize("name", MARKED)
-@pytest.mark.parametrize("max_seq_length", [64, 20])
 @pytest.mark.parametrize("strip_accents", [True, False])
-def test_an_answer_has_its_last_mark(strip_accents, max_seq_length, name):
+def test_an_answer_has_its_last_mark(strip_accents, name):
     before, answer, after = re.split(r"[\[\]]", MARKED[name])
     tokenizer, context = uncased_tokenizer(strip_accents), before + answer + after
     examples = make_examples([("1", "why?", context, answer, len(before))])
-    holding = [w for w in make_features(examples, tokenizer, WindowSettings(max_seq_length, 4, 8)) if labels(w)[0]]
+    holding = [w for w in make_features(examples, tokenizer, WindowSettings(20, 4, 8)) if labels(w)[0]]
     assert holding
     for window in holding:
         first, last = (label - window["context_start"] for label in labels(window))
