@@ -10,12 +10,11 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlencode
+from urllib.parse import parse_qs, quote, unquote
 
 import torch
 import yaml
@@ -24,9 +23,8 @@ from safetensors.torch import save as safetensors_bytes
 from tiny import PEOPLE, TOWNS, WORDS, tiny_questions
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
-from qa.read_squad import EXAMPLE_FEATURES
+from qa.read_squad import EXAMPLE_FEATURES, read_squad_file
 
-ENTRIES_A_PAGE = 3  # the hub's pages hold 1000; here more than one is needed all the same
 LARGE = (".bin", ".h5", ".msgpack", ".parquet", ".safetensors")  # kept outside of git
 LEGACY_NAMES = {
     ("models", "bert-base-uncased"): "google-bert/bert-base-uncased",
@@ -175,8 +173,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _CdnHandler(_Handler):
     def answer(self):
-        if self.headers.get("Authorization"):  # as storage does with signed addresses
-            raise _Refusal(400, "<Error><Code>InvalidArgument</Code></Error>")
         held = [data for repository in self.hub.repositories.values() for data in repository.files.values()]
         data = next(data for data in held if _sha256(data) == self.path.removeprefix("/"))
         self.send(200, data, Content_Type="application/octet-stream", ETag=f'"{_git_oid(data)}"')
@@ -243,22 +239,16 @@ class _HubHandler(_Handler):
 
     def facts(self, kind: str, id_: str, repository: Repository) -> dict:
         facts = {"_id": _sha256(id_.encode())[:24], "id": id_, "author": id_.split("/")[0], "sha": repository.commit}
-        facts |= {"private": False, "gated": "auto" if repository.gated else False, "disabled": False, "tags": []}
-        facts |= {"createdAt": "2022-03-02T23:29:04.000Z", "lastModified": "2024-02-19T11:06:12.000Z"}
+        facts |= {"private": False, "gated": "auto" if repository.gated else False, "tags": []}
         facts["siblings"] = [{"rfilename": path} for path in sorted(repository.files)]
         return facts | ({"modelId": id_, "library_name": "transformers"} if kind == "models" else {})
 
     def send_tree(self, repository: Repository, folder: str):
-        path, _, query = self.path.partition("?")
-        query = {name: values[0] for name, values in parse_qs(query).items()}
-        entries = repository.tree(folder, recursive=query.get("recursive", "false").lower() in ("true", "1"))
+        recursive = parse_qs(self.path.partition("?")[2]).get("recursive", ["false"])
+        entries = repository.tree(folder, recursive=recursive[0].lower() in ("true", "1"))
         if not entries:
             raise _Refusal(404, f"{folder} does not exist", "EntryNotFound")
-        first = int(query.get("cursor", 0))
-        last = first + ENTRIES_A_PAGE
-        following = f"{self.hub.url}{path}?{urlencode(query | {'cursor': last})}"
-        headers = {"Link": f'<{following}>; rel="next"'} if last < len(entries) else {}
-        self.send_json(entries[first:last], **headers)
+        self.send_json(entries)
 
     def redirect_to_file(self, kind: str, id_: str, repository: Repository, file: str):
         if file not in repository.files:
@@ -315,8 +305,6 @@ def relative_bert(position_embedding_type: str, legacy_file: bool) -> Repository
     weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]  # tied, and shared
     weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
     files = {
-        ".gitattributes": b"*.bin filter=lfs diff=lfs merge=lfs -text\n",
-        "README.md": b"## BERT with relative positions\n",
         "config.json": config_json(position_embedding_type, transformers_version="4.0.0-rc-1", directionality="bidi"),
         "pytorch_model.bin": torch_file(weights, legacy_file),
         "vocab.txt": VOCAB_TXT,
@@ -329,8 +317,6 @@ def google_bert(with_tokenizer_json: bool) -> Repository:
     google = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     weights = {re.sub("|".join(google), lambda ours: google[ours[0]], n): w for n, w in bert_weights(seed=2).items()}
     files = {
-        ".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
-        "README.md": b"---\nlanguage: en\nlicense: apache-2.0\ntags:\n- exbert\n---\n\n# BERT\n",
         "config.json": config_json("absolute", transformers_version="4.6.0.dev0"),
         "flax_model.msgpack": b"not for us" * 20,
         "model.safetensors": safetensors_bytes(weights, metadata={"format": "pt"}),
@@ -370,28 +356,16 @@ def torch_file(weights: dict[str, torch.Tensor], legacy: bool) -> bytes:
 
 def squad(folder: Path, config: str, version_2: bool, train: int, validation: int) -> Repository:
     """SQuAD as Parquet, and the card that says so."""
-    files, splits, data_files = {".gitattributes": b"*.parquet filter=lfs diff=lfs merge=lfs -text\n"}, [], []
+    files, splits, data_files = {}, [], []
     for split, questions in (("train", train), ("validation", validation)):
         file = tiny_questions(Path(folder, f"{config}-{split}.json"), paragraphs=questions // 2, version_2=version_2)
-        rows = Dataset.from_list(list(_rows(json.loads(Path(file).read_text()))), features=EXAMPLE_FEATURES)
+        rows = Dataset.from_list(read_squad_file(file, folder).to_list(), features=EXAMPLE_FEATURES)
         buffer = io.BytesIO()
         rows.to_parquet(buffer)
         files[f"{config}/{split}-00000-of-00001.parquet"] = buffer.getvalue()
         splits.append({"name": split, "num_bytes": rows.data.nbytes, "num_examples": len(rows)})
         data_files.append({"split": split, "path": f"{config}/{split}-*"})
-    features = [{"name": name, "dtype": "string"} for name in ("id", "title", "context", "question")]
-    answer = [{"name": "text", "dtype": "string"}, {"name": "answer_start", "dtype": "int32"}]
-    features.append({"name": "answers", "sequence": answer})
-    info = {"config_name": config, "features": features, "splits": splits, "download_size": 1, "dataset_size": 1}
+    info = {"config_name": config, "splits": splits, "download_size": 1, "dataset_size": 1}
     configs = [{"config_name": config, "default": True, "data_files": data_files}]
     card = yaml.safe_dump({"license": "cc-by-sa-4.0", "dataset_info": info, "configs": configs})
     return Repository(files | {"README.md": f"---\n{card}---\n\n# SQuAD\n".encode()})
-
-
-def _rows(squad: dict) -> Iterator[dict]:
-    for article in squad["data"]:
-        for paragraph in article["paragraphs"]:
-            for question in paragraph["qas"]:
-                answers = {name: [gold[name] for gold in question["answers"]] for name in ("text", "answer_start")}
-                texts = {"title": article["title"], "context": paragraph["context"], "question": question["question"]}
-                yield {"id": question["id"], **texts, "answers": answers}

@@ -18,7 +18,6 @@ from tiny import read, tiny_bert, tiny_questions, weights
 from qa.checkpoints import complete_checkpoints
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 NEAR_TIE = 1e-4  # float32 sums differ by batch shape, so that answers this close may change places
 WINDOWS = "--max_seq_length 20 --doc_stride 5".split()
 TRAIN = [*WINDOWS, *"--do_train --num_train_epochs 2 --learning_rate 1e-2 --save_steps 3".split()]
@@ -126,10 +125,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run(*argv) -> subprocess.CompletedProcess:
-    return subprocess.run([*map(str, argv)], env=environment(), capture_output=True, text=True, timeout=300)
-
-
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -149,7 +144,8 @@ def test_torchrun_restarts_a_run_that_lost_a_worker(command, two_processes, tmp_
     )
     out = tmp_path / "out"
     flags = [*command, *BATCHES_OF_4, "--overwrite_output_dir", "--output_dir", out]
-    done = run(*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=1", worker, *flags)
+    argv = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=1", worker, *flags]
+    done = subprocess.run([*map(str, argv)], env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Going on from {out}/checkpoint-9." in done.stderr
     assert weights(out) == weights(two_processes)
@@ -252,12 +248,3 @@ def test_job_told_to_stop_queues_itself_again(command, cluster, tmp_path):
         (tmp_path / "requeued").unlink()
         assert "stopped by SIGTERM" in err
         assert (f"Going on from {newest}." in err) == (attempt == 1)
-
-
-@pytest.mark.slow
-def test_accelerate_launch(command, two_processes, tmp_path):
-    launcher = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    launcher += [f"--main_process_port={free_port()}", launch.ROOT / "run_squad.py"]
-    done = run(*ACCELERATE, *launcher, *command, *BATCHES_OF_4, "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert weights(tmp_path) == weights(two_processes)

@@ -1,6 +1,5 @@
 """A run killed at any moment, given the same command again, ends bit for bit as one that was never killed."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -9,9 +8,9 @@ import launch
 import pytest
 from launch import At, finish
 from safetensors.torch import load_file, save_file
-from tiny import tiny_bert, tiny_questions, with_google_names
+from tiny import read, tiny_bert, tiny_questions, with_google_names, without_times
 
-from qa.checkpoints import MARKER, complete_checkpoints, incomplete_checkpoints
+from qa.checkpoints import complete_checkpoints, incomplete_checkpoints
 
 TRAINER = "trainer_qa.QuestionAnsweringTrainer"
 TOKENIZER_SAVED = "transformers.tokenization_utils_base.PreTrainedTokenizerBase.save_pretrained"  # after the weights
@@ -50,37 +49,28 @@ ALL_MOMENTS = {**MOMENTS, **MORE_MOMENTS}
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    """The run's command, by the names of the LayerNorms in the checkpoint that it starts from."""
+def command(tmp_path_factory):
+    """From a checkpoint whose LayerNorms are named as Google's; what is saved and loaded again has today's names."""
     folder = tmp_path_factory.mktemp("inputs")
-    flags = [
+    return [
+        *("--model_name_or_path", with_google_names(tiny_bert(folder / "google"))),
         *("--train_file", tiny_questions(folder / "train.json", paragraphs=8)),
         *("--validation_file", tiny_questions(folder / "dev.json", paragraphs=5)),
         *FLAGS,
     ]
-    google = with_google_names(tiny_bert(folder / "google"))
-    return {
-        "weight and bias": ["--model_name_or_path", tiny_bert(folder / "model"), *flags],
-        "gamma and beta": ["--model_name_or_path", google, *flags],
-    }
 
 
 @pytest.fixture(scope="module")
-def command(commands):
-    return commands["weight and bias"]
-
-
-@pytest.fixture(scope="module")
-def never_killed(commands, tmp_path_factory):
-    """What a run that was never killed comes to, by number of processes and names."""
+def never_killed(command, tmp_path_factory):
+    """What a run that was never killed comes to, by number of processes."""
     results = {}
 
-    def get(processes=1, names="weight and bias"):
-        if (processes, names) not in results:
+    def get(processes=1):
+        if processes not in results:
             out = tmp_path_factory.mktemp("never_killed") / "out"
-            finish(commands[names], out, processes)
-            results[processes, names] = outcome(out)
-        return results[processes, names]
+            finish(command, out, processes)
+            results[processes] = outcome(out)
+        return results[processes]
 
     return get
 
@@ -95,16 +85,12 @@ def killed(command, tmp_path_factory):
 
 def outcome(out: Path) -> dict:
     """All that must be equal: weights, answers, scores, the whole history, the checkpoints."""
-
-    def without_times(metrics):
-        return {name: value for name, value in metrics.items() if "runtime" not in name and "per_second" not in name}
-
-    state = json.loads((out / "trainer_state.json").read_text())
+    state = read(out, "trainer_state.json")
     files = ("model.safetensors", "config.json", "eval_predictions.json", "eval_nbest_predictions.json")
     return {
         **{name: (out / name).read_bytes() for name in files},
-        "eval": without_times(json.loads((out / "eval_results.json").read_text())),
-        "train_loss": json.loads((out / "train_results.json").read_text())["train_loss"],
+        "eval": without_times(read(out, "eval_results.json")),
+        "train_loss": read(out, "train_results.json")["train_loss"],
         "history": [without_times(entry) for entry in state["log_history"]],
         "best": (state["best_metric"], state["best_global_step"], Path(state["best_model_checkpoint"]).name),
         "best model": (out / Path(state["best_model_checkpoint"]).name / "model.safetensors").read_bytes(),
@@ -118,24 +104,18 @@ def test_reference_run_exercises_what_it_should(never_killed):
     assert list(losses) == [6, 12, 18, 24, 30] and done["best"] == (losses[12], 12, "checkpoint-12")
     assert done["checkpoints"] == ["checkpoint-12", "checkpoint-30"]
     assert done["model.safetensors"] == done["best model"]
-    assert not any(name in never_killed(1, "gamma and beta")["model.safetensors"] for name in (b"gamma", b"beta"))
+    assert not any(name in done["model.safetensors"] for name in (b"gamma", b"beta"))
 
 
 @pytest.mark.parametrize(
-    "names, moment",
-    [
-        *(("weight and bias", moment) for moment in MOMENTS),
-        *(pytest.param("weight and bias", moment, marks=pytest.mark.slow) for moment in MORE_MOMENTS),
-        ("gamma and beta", "trained, before the model"),
-        pytest.param("gamma and beta", "training, in the last epoch", marks=pytest.mark.slow),
-    ],
+    "moment", [*MOMENTS, *(pytest.param(moment, marks=pytest.mark.slow) for moment in MORE_MOMENTS)]
 )
-def test_killed_once(names, moment, commands, never_killed, tmp_path):
-    killed = launch.run(*commands[names], "--output_dir", tmp_path, at=ALL_MOMENTS[moment])
+def test_killed_once(moment, command, never_killed, tmp_path):
+    killed = launch.run(*command, "--output_dir", tmp_path, at=ALL_MOMENTS[moment])
     assert killed.exit_codes == [-signal.SIGKILL], killed.err[0][-2000:]
     assert bool(incomplete_checkpoints(tmp_path)) == moment.startswith(("saving", "rotating"))
-    finish(commands[names], tmp_path)
-    assert outcome(tmp_path) == never_killed(1, names)
+    finish(command, tmp_path)
+    assert outcome(tmp_path) == never_killed()
 
 
 @pytest.mark.parametrize(
@@ -166,26 +146,6 @@ def test_killed_with_two_processes(moments, command, never_killed, tmp_path):
     assert outcome(tmp_path) == never_killed(2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy, sampling", [("no", "sequential"), ("epoch", "random"), ("best", "batch_rebalance")])
-def test_killed_twice_with_other_flags(strategy, sampling, command, tmp_path):
-    command = command + ["--save_strategy", strategy, "--train_sampling_strategy", sampling]
-    if strategy == "no":
-        command.remove("--load_best_model_at_end")
-    if strategy == "epoch":
-        command += ["--eval_strategy", "epoch", "--logging_strategy", "epoch"]
-    finish(command, tmp_path / "never_killed")
-    out = tmp_path / "killed"
-    for moment in (At(f"{TRAINER}.training_step", 37), At("qa.checkpoints.write_run_state", 2)):
-        killed = launch.run(*command, "--output_dir", out, at=moment)
-        assert killed.exit_codes == [-signal.SIGKILL]
-    finish(command, out)
-    for name in ("model.safetensors", "eval_predictions.json"):
-        assert (out / name).read_bytes() == (tmp_path / "never_killed" / name).read_bytes()
-    losses = [json.loads((folder / "train_results.json").read_text())["train_loss"] for folder in tmp_path.iterdir()]
-    assert losses[0] == losses[1]
-
-
 def test_evaluation_at_an_epochs_end_comes_before_the_checkpoint_of_its_last_step(command, tmp_path):
     """Else a run killed in between would go on without it."""
     command = [flag for flag in command if flag != "--load_best_model_at_end"] + ["--eval_strategy", "epoch"]
@@ -193,7 +153,7 @@ def test_evaluation_at_an_epochs_end_comes_before_the_checkpoint_of_its_last_ste
     assert killed.exit_codes == [-signal.SIGKILL]
     assert [Path(folder).name for folder in complete_checkpoints(tmp_path)] == ["checkpoint-6"]
     finish(command, tmp_path)
-    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    history = read(tmp_path, "trainer_state.json")["log_history"]
     assert [entry["step"] for entry in history if "eval_f1" in entry] == [12, 24, 30]
 
 
@@ -217,9 +177,3 @@ def test_a_weight_that_is_missing_or_left_over_stops_the_run(checkpoint, killed,
         f"run_squad.py: error: the weights in {killed / checkpoint} are not those of this model. "
         "missing: qa_outputs.bias; left over: qa_outputs.offset"
     )
-
-
-def test_marker_is_the_last_file_of_a_checkpoint(killed):
-    for checkpoint in complete_checkpoints(killed):
-        times = {file.name: file.stat().st_mtime_ns for file in Path(checkpoint).iterdir()}
-        assert max(times, key=times.get) == MARKER

@@ -283,7 +283,7 @@ def test_a_json_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path):
             parse_flags(GROUPS, [str(tmp_path / name)])
 
 
-# ---- Errors and help ----
+# ---- Errors ----
 
 KEEP_ONE = "different values: keep one of them"
 WRONG = {
@@ -323,10 +323,3 @@ def test_a_misspelling_is_named_before_what_is_missing_because_of_it():
         parse_flags(GROUPS, ["arguments.json", "--do_train"])
     with pytest.raises(QAError, match="^the following arguments are required: --model_name_or_path"):
         parse_flags(GROUPS, ["--do_train"])
-
-
-def test_help_shows_each_flag_in_one_spelling():
-    assert "\n  --max_seq_length MAX_SEQ_LENGTH\n" in PARSER.format_help()
-    assert "--max-seq-length" not in PARSER.format_help() and "\n  -h, --help" in PARSER.format_help()
-    with pytest.raises(SystemExit):
-        parse_flags(GROUPS, ["--do_train", "-h"])

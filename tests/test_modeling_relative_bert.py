@@ -1,7 +1,6 @@
 """The model against transformers 4.57.6 (golden files: scripts/make_golden_attention.py) and the plain formula."""
 
 import copy
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import with_google_names
+from tiny import read, with_google_names
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering
@@ -125,15 +124,20 @@ def test_autocast(position_type, attention, dtype):
 
 
 @EACH_TYPE
-def test_loads_a_4_57_6_folder_whole(position_type, tmp_path):
-    model, report = golden_model(position_type, output_loading_info=True)
+@pytest.mark.parametrize("names", ("weight and bias", "gamma and beta"))
+def test_loads_a_4_57_6_folder_whole(position_type, names, tmp_path):
+    """The hub's oldest files name LayerNorm's weights gamma and beta; what is saved has its own names."""
+    shutil.copytree(GOLDEN / position_type, tmp_path / "theirs")
+    if names == "gamma and beta":
+        with_google_names(str(tmp_path / "theirs"))
+    model, report = RelativeBertForQuestionAnswering.from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not any(report.values()), report
 
-    model.save_pretrained(tmp_path)
-    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, GOLDEN / position_type))
+    model.save_pretrained(tmp_path / "ours")
+    ours, theirs = (read(folder, "config.json") for folder in (tmp_path / "ours", GOLDEN / position_type))
     for key in ("model_type", "architectures", "position_embedding_type"):
         assert ours[key] == theirs[key]
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / position_type))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ours", GOLDEN / position_type))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -276,7 +280,9 @@ def test_a_trace_is_right_at_other_lengths(position_type, attention):
         assert_equal_at_other_lengths(trace, model)
 
 
-@pytest.mark.parametrize("attention", ("sdpa in parts", "sdpa off the CPU"), indirect=True)
+@pytest.mark.parametrize(
+    "attention", (pytest.param("sdpa in parts", marks=pytest.mark.slow), "sdpa off the CPU"), indirect=True
+)
 def test_an_export_of_any_batch_and_length_is_right(attention):
     model = Logits("relative_key_query", attention)
     inputs = small_batch(16)["input_ids"], small_batch(16)["attention_mask"]
@@ -285,6 +291,7 @@ def test_an_export_of_any_batch_and_length_is_right(attention):
     assert_equal_at_other_lengths(exported.module(), model)
 
 
+@pytest.mark.slow
 def test_compiled_gives_the_same_loss_and_gradients():
     model = small_model("relative_key_query", attn_implementation="sdpa", num_hidden_layers=1).eval()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", dynamic=True)
@@ -334,16 +341,6 @@ def test_starts_from_an_absolute_checkpoint(position_type):
 
 
 @EACH_TYPE
-def test_no_trainable_parameter_without_gradient(position_type):
-    for model in (small_model(position_type), golden_model(position_type)):
-        model.train()(**small_batch(20) | {"input_ids": small_batch(20)["input_ids"] % 25}).loss.backward()
-        without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        assert not without
-        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-        assert frozen == ["bert.embeddings.position_embeddings.weight"]
-
-
-@EACH_TYPE
 def test_output_attentions_and_hidden_states(position_type):
     model = small_model(position_type, attn_implementation="eager").eval()
     batch = small_batch()
@@ -380,21 +377,7 @@ def test_gradient_checkpointing(position_type, attention, reentrant):
             torch.testing.assert_close(one.grad, other.grad)
 
 
-@EACH_TYPE
-def test_loads_googles_names_and_saves_its_own(position_type, tmp_path):
-    """The hub's oldest files name LayerNorm's weights gamma and beta."""
-    shutil.copytree(GOLDEN / position_type, tmp_path / "theirs")
-    with_google_names(str(tmp_path / "theirs"))
-    model, report = RelativeBertForQuestionAnswering.from_pretrained(tmp_path / "theirs", output_loading_info=True)
-    assert not any(report.values()), report
-    model.save_pretrained(tmp_path / "ours")
-    expected = load_file(GOLDEN / position_type / "model.safetensors")
-    saved = load_file(tmp_path / "ours" / "model.safetensors")
-    assert saved.keys() == expected.keys()
-    assert all(torch.equal(saved[name], expected[name]) for name in expected)
-
-
-def test_token_embeddings_grow(tmp_path):
+def test_token_embeddings_grow():
     model = small_model("relative_key").eval()
     before = model(**small_batch()).start_logits
     model.resize_token_embeddings(60)
@@ -402,9 +385,6 @@ def test_token_embeddings_grow(tmp_path):
     assert model.get_input_embeddings().weight.shape == (60, 32) and model.config.vocab_size == 60
     assert torch.equal(model(**small_batch()).start_logits, before)
     model(**small_batch() | {"input_ids": torch.full((3, 20), 59)})
-    model.save_pretrained(tmp_path)
-    again = RelativeBertForQuestionAnswering.from_pretrained(tmp_path)
-    assert torch.equal(again(**small_batch()).start_logits, before)
 
 
 @EACH_TYPE

@@ -25,20 +25,10 @@ def datasets_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("context", "text", "start", "span"),
     [
-        ("the king and the king", "king", 5, (4, 8)),  # off by one
-        ("a b a", "a", 2, (0, 1)),  # as near: the earlier
         ("the king and the king", "king", 2**31 - 1, (17, 21)),
-        ("the king and the king", "king", -1, None),  # no start, and two places
-        ("the king and the queen", "king", -1, (4, 8)),
-        ("king  of; king of; king of", "king\nof", 8, (10, 17)),
-        ("the king", " king ", 5, (4, 8)),
-        ("the king", "queen", 4, None),
         ("the king", " \n", 3, None),
-        ("", "king", 0, None),
         ("\u00a0the\u2003king", "the king", 0, (1, 9)),
         ("😀 the king", "the king", 4, (2, 10)),  # UTF-16's place, one further
-        ("aaaa", "aa", 1, (1, 3)),  # occurrences may overlap
-        ("the kingdom", "king", 0, (4, 8)),
         ("a.b", "a.b", 0, (0, 3)),
     ],
 )
@@ -115,17 +105,6 @@ def test_further_answers_stay():
     rows[0]["answers"] = {"text": ["1890", "x"], "answer_start": [16, 3]}
     aligned, _ = align_answers(Dataset.from_list(rows, features=EXAMPLE_FEATURES), "train.json")
     assert aligned[0]["answers"] == {"text": ["1890", "x"], "answer_start": [14, 3]}
-
-
-def test_drop(caplog):
-    rows = make_examples(MOVED).to_list()
-    rows[0]["answers"]["text"] = [""]
-    with caplog.at_level(logging.WARNING, logger="qa"):
-        kept, changes = align_answers(Dataset.from_list(rows, features=EXAMPLE_FEATURES), "train.json", "drop")
-    assert kept.to_list() == rows[8:]
-    assert [change["id"] for change in changes] == [row["id"] for row in rows[:8]]
-    assert {change["repaired_start"] for change in changes} == {None}
-    assert "train.json: 8 of 9 questions are left out" in caplog.text and "right, off by two, zero" in caplog.text
 
 
 @pytest.mark.parametrize("misplaced", ["repair", "drop", "refuse"])

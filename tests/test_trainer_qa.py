@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -13,7 +12,7 @@ import launch
 import pytest
 import transformers
 from launch import At, fail, finish
-from tiny import read, tiny_bert, tiny_questions, weights
+from tiny import read, tiny_bert, tiny_questions, weights, without_times
 from transformers import Trainer
 
 from qa.checkpoints import complete_checkpoints, incomplete_checkpoints
@@ -87,9 +86,7 @@ def steps(checkpoints) -> list[int]:
 
 
 def history(folder) -> list[dict]:
-    """What was logged in training, but for how long it took."""
-    entries = read(folder, "trainer_state.json")["log_history"]
-    return [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in entries]
+    return [without_times(entry) for entry in read(folder, "trainer_state.json")["log_history"]]
 
 
 def patched(function):
@@ -428,8 +425,6 @@ def test_a_trained_run_is_evaluated_again_and_never_overwritten_unasked(evaluati
     done = finish([*evaluating, "--overwrite_output_dir"], out, TORCHELASTIC_RESTART_COUNT="1")
     assert "Training was finished before" in done.err[0]
     assert weights(out) == before
-    (out / "run_state.json").unlink()
-    assert f"--output_dir {out} holds config.json of something else" in fail(evaluating, out)
 
 
 def test_checkpoints_of_weights_alone_are_not_resumed(command, tmp_path):
@@ -438,20 +433,6 @@ def test_checkpoints_of_weights_alone_are_not_resumed(command, tmp_path):
     assert "--save_only_model" in fail([*command, "--resume_from_checkpoint", tmp_path / "checkpoint-10"], tmp_path)
     assert "seed is 1, was 42" in fail([*command, "--seed", "1"], tmp_path)
     assert "Going on from" not in finish(command, tmp_path).err[0]
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.abort, ()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_checkpoints_are_data_not_code(name, killed, command, tmp_path):
-    out = copy(killed, tmp_path)
-    (out / "checkpoint-10" / name).write_bytes(pickle.dumps(Hostile()))
-    done = launch.run(*command, "--output_dir", out)
-    assert done.exit_codes == [0 if name == "training_args.bin" else 1], done.err[0][-2000:]
 
 
 def test_complete_checkpoints_by_step(tmp_path):
