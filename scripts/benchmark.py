@@ -1,9 +1,6 @@
-"""What this project costs, beside what it replaces. Each subcommand prints a table and can write its rows as JSON.
+"""What this project costs, beside what it replaces: tables, and their rows as JSON.
 
-python scripts/benchmark.py attention [--sizes toy base large] [--lengths 384x4 ...] [--repeats 8] [--json FILE]
-python scripts/benchmark.py data [--questions 87599] [--repeats 3] [--json FILE]
-python scripts/benchmark.py training [--size base] [--questions 20000] [--batches 8] [--repeats 3] [--json FILE]
-python scripts/benchmark.py scale [--contracts 1 4 16] [--json FILE]
+python scripts/benchmark.py {attention,data,training,scale} [--json FILE] [further flags: --help]
 """
 
 import argparse
@@ -45,7 +42,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from qa.files import write_json  # noqa: E402
 from qa.modeling_relative_bert import RelativeBertLayer, RelativeBertSelfAttention  # noqa: E402
 from qa.read_squad import read_squad_file  # noqa: E402
-from qa.train_questions import align_answers  # noqa: E402
 from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
 from run_squad import QATrainingArguments  # noqa: E402
 from trainer_qa import QuestionAnsweringTrainer  # noqa: E402
@@ -58,9 +54,7 @@ ATTENTION_SHAPES = {
     "large": ((1024, 16, 4096), ["160x10", "384x4", "512x4"]),
 }
 MODEL_SHAPES = {"mini": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 24, 16)}  # hidden size, layers, heads
-SQUAD_QUESTIONS = {"train": 87_599, "validation": 10_570}
-QUESTIONS_PER_PARAGRAPH = {"train": 4.6, "validation": 5.1}
-GOLD_ANSWERS = {"train": 1, "validation": 3}
+SQUAD = {"train": (87_599, 4.6, 1), "validation": (10_570, 5.1, 3)}  # questions, questions a paragraph, gold answers
 CONTRACT_WORDS, CONTRACT_QUESTIONS = 7_100, 41  # as in CUAD: 54,000 characters
 SCALE_BATCH = 32
 RELATIVE_TYPES = ("relative_key", "relative_key_query")
@@ -71,37 +65,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add_command(name: str, run: Callable, explanation: str, **repeats: int) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=explanation)
+    def add_command(name: str, run: Callable, explanation: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=explanation, description=explanation)
         command.add_argument("--json", type=Path, help="file to write the rows to")
-        for flag, default in repeats.items():
-            command.add_argument(f"--{flag}", type=int, default=default, help="timed rounds (%(default)s)")
+        if name != "scale":
+            command.add_argument("--repeats", type=int, default=8 if name == "attention" else 3, help="timed rounds")
         command.set_defaults(run=run)
         return command
 
     explanation = "one BERT layer with relative positions: ours, the plain formula, absolute positions under sdpa"
-    attention = add_command("attention", measure_attention, explanation, repeats=8)
+    attention = add_command("attention", measure_attention, explanation)
     attention.add_argument("--sizes", nargs="+", choices=ATTENTION_SHAPES, default=list(ATTENTION_SHAPES))
     attention.add_argument("--lengths", nargs="+", help="length x batch size (those that the size is used with)")
     attention.add_argument("--passes", nargs="+", choices=("forward", "train"), default=["forward", "train"])
-    attention.add_argument("--dropout", type=float, default=0.0, help="of the probabilities, in training (%(default)s)")
-
+    attention.add_argument("--dropout", type=float, default=0.0, help="of the probabilities, in training")
     explanation = "features, post-processing and metric on text of SQuAD's shape: ours and in the way of run_qa.py"
-    data = add_command("data", measure_data, explanation, repeats=3)
-    data.add_argument(
-        "--questions", type=int, default=87_599, help="in training; evaluation shrinks alike (%(default)s)"
-    )
-
+    data = add_command("data", measure_data, explanation)
+    data.add_argument("--questions", type=int, default=87_599, help="in training; evaluation shrinks alike")
     explanation = "training steps on text of SQuAD's shape: padded to 384, padded to the batch, and ours"
-    training = add_command("training", measure_training, explanation, repeats=3)
-    training.add_argument("--size", choices=MODEL_SHAPES, default="base", help="shape of the BERT (%(default)s)")
-    training.add_argument("--questions", type=int, default=20_000, help="to train on (%(default)s)")
-    training.add_argument("--batch_size", type=int, default=12, help="windows in a batch (%(default)s)")
-    training.add_argument("--batches", type=int, default=8, help="batches in a round (%(default)s)")
-
+    training = add_command("training", measure_training, explanation)
+    training.add_argument("--size", choices=MODEL_SHAPES, default="base", help="shape of the BERT")
+    training.add_argument("--questions", type=int, default=20_000, help="to train on")
+    training.add_argument("--batch_size", type=int, default=12, help="windows in a batch")
+    training.add_argument("--batches", type=int, default=8, help="batches in a round")
     explanation = "contracts of 54,000 characters with 41 questions, in windows of 128 tokens: how time and memory grow"
     scale = add_command("scale", measure_scale, explanation)
-    scale.add_argument("--contracts", type=int, nargs="+", default=[1, 4, 16], help="in each set (%(default)s)")
+    scale.add_argument("--contracts", type=int, nargs="+", default=[1, 4, 16], help="in each set")
 
     args = parser.parse_args()
     datasets.disable_progress_bars()
@@ -160,9 +149,7 @@ def make_layers(size: str, length: int, position_type: str, dropout: float) -> d
     """Ours, the reference, and for absolute positions that of transformers, with equal weights."""
     hidden, heads, intermediate = ATTENTION_SHAPES[size][0]
     config = BertConfig(
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
+        **{"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": intermediate},
         attention_probs_dropout_prob=dropout,
         max_position_embeddings=max(512, length),
         position_embedding_type=position_type,
@@ -218,28 +205,24 @@ def make_step(layer, hidden, kind: str) -> Callable[[], None]:
 
 
 def measure_data(args: argparse.Namespace) -> Iterator[dict]:
-    """A row for each part of the data path, with medians and their ratio; and one of the whole path's memory."""
+    """A row for each part of the data path, with medians and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
-        write_squad_shaped(folder, args.questions / SQUAD_QUESTIONS["train"])
-        yield {"what": "all of ours, once, in one process", **in_own_process(run_data_path, folder)}
+        write_squad_shaped(folder, args.questions / SQUAD["train"][0])
         tokenizer, windows = open_tokenizer(folder), WindowSettings()
         train, validation = read(folder, "train"), read(folder, "validation")
         for what, examples, reference in (
             ("train_features", train, peer_run_qa.make_train_features),
             ("eval_features", validation, peer_run_qa.make_features),
         ):
-            texts = examples.unique("context"), examples.unique("question")
             steps = {
                 "ours": functools.partial(make_features, examples, tokenizer, windows, overwrite_cache=True),
                 "run_qa": functools.partial(reference, examples, tokenizer, windows),
                 "cached": functools.partial(make_features, examples, tokenizer, windows),
-                "tokenizer": functools.partial(tokenize_alone, tokenizer, *texts),
             }
             yield data_row(f"{what} of {len(examples)} questions", alternate(steps, args.repeats))
 
-        features, peer_features = (
-            make(validation, tokenizer, windows) for make in (make_features, peer_run_qa.make_features)
-        )
+        features = make_features(validation, tokenizer, windows)
+        peer_features = peer_run_qa.make_features(validation, tokenizer, windows)
         logits, peer_logits = make_logits(features), make_logits(peer_features)
         steps = {
             "ours": functools.partial(our_answers, validation, features, logits, folder),
@@ -263,27 +246,6 @@ def data_row(what: str, seconds: dict[str, float]) -> dict:
     return {"what": what, "ratio": seconds["run_qa"] / seconds["ours"], **times}
 
 
-def run_data_path(folder: str) -> dict[str, float]:
-    """Reads, makes all features, post-processes and scores once; what that took."""
-    datasets.disable_progress_bars()
-
-    def run():
-        make_features(align_answers(read(folder, "train"), "train")[0], open_tokenizer(folder), WindowSettings())
-        validation = read(folder, "validation")
-        features = make_features(validation, open_tokenizer(folder), WindowSettings())
-        squad_scores(validation, our_answers(validation, features, make_logits(features), folder))
-
-    return measure(run)[1]
-
-
-def tokenize_alone(tokenizer, contexts: list[str], questions: list[str]) -> None:
-    """The limit of our features: the distinct texts through the tokenizer, with the offsets of the contexts' tokens."""
-    backend = tokenizer.backend_tokenizer
-    for texts, encode in ((contexts, backend.encode_batch), (questions, backend.encode_batch_fast)):
-        for first in range(0, len(texts), 1000):
-            encode(texts[first : first + 1000], add_special_tokens=False)
-
-
 def make_logits(features) -> tuple[np.ndarray, np.ndarray]:
     """(start, end), each float32 (num_windows, 384): noise, and a place in the window that the model likes."""
     rng = np.random.default_rng(0)
@@ -295,7 +257,6 @@ def make_logits(features) -> tuple[np.ndarray, np.ndarray]:
 
 
 def our_answers(examples, features, logits, folder: str):
-
     predictions = postprocess_qa_predictions(examples, features, logits, AnswerSettings())
     write_predictions(predictions, folder, "ours")
     return predictions
@@ -306,17 +267,14 @@ def our_answers(examples, features, logits, folder: str):
 
 def measure_training(args: argparse.Namespace) -> Iterator[dict]:
     """A row for each way of making batches: windows a second (median of the rounds) and the share of padding."""
-
     with tempfile.TemporaryDirectory() as folder:
-        write_squad_shaped(folder, args.questions / SQUAD_QUESTIONS["train"])
+        write_squad_shaped(folder, args.questions / SQUAD["train"][0])
         tokenizer = open_tokenizer(folder)
-        features, eval_features = (make_features(read(folder, s), tokenizer, WindowSettings()) for s in SQUAD_QUESTIONS)
-        lengths, eval_lengths = (np.asarray(rows["length"]) for rows in (features, eval_features))
+        features = make_features(read(folder, "train"), tokenizer, WindowSettings())
+        lengths = np.asarray(features["length"])
 
         def in_batches(order) -> list[np.ndarray]:
-            return [
-                np.asarray(order[first : first + args.batch_size]) for first in range(0, len(order), args.batch_size)
-            ]
+            return np.split(np.asarray(order), range(args.batch_size, len(order), args.batch_size))
 
         shuffled = np.random.default_rng(0).permutation(len(lengths))
         generator = torch.Generator().manual_seed(0)
@@ -330,13 +288,8 @@ def measure_training(args: argparse.Namespace) -> Iterator[dict]:
 
         hidden, layers, heads = MODEL_SHAPES[args.size]
         torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * hidden,
-        )
+        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+        config = BertConfig(vocab_size=len(tokenizer), intermediate_size=4 * hidden, **shape)
         model = BertForQuestionAnswering(config).to(DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, fused=True)
 
@@ -356,20 +309,14 @@ def measure_training(args: argparse.Namespace) -> Iterator[dict]:
         seconds = alternate(steps, args.repeats, untimed=1)
 
     for way, (_, batches) in ways.items():
+        widths = [384 if way == "padded to 384" else int(lengths[batch].max()) for batch in batches]
+        tokens = sum(len(batch) * width for batch, width in zip(batches, widths, strict=True))
         yield {
             "what": f"{way}, BERT-{args.size}",
             "windows/s": args.batches * args.batch_size / seconds[way],
             "ratio": seconds["padded to 384"] / seconds[way],
-            "padding": padding_share(lengths, batches, 384 if way == "padded to 384" else None),
+            "padding": 1 - int(lengths.sum()) / tokens,
         }
-    by_length = in_batches(np.argsort(-eval_lengths, kind="stable"))
-    yield {"what": "ours, evaluation", "padding": padding_share(eval_lengths, by_length, None)}
-
-
-def padding_share(lengths, batches: list, longest: int | None) -> float:
-    """The share of tokens that are padding where each batch is as wide as its longest window, or `longest`."""
-    tokens = sum(len(batch) * (longest or int(lengths[batch].max())) for batch in batches)
-    return 1 - int(lengths.sum()) / tokens
 
 
 # ---- Long documents and large sets ----
@@ -441,7 +388,6 @@ def open_on_one_core(folder: str) -> tuple:
 
 
 def make_tiny_bert(vocab_size: int):
-
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
     return BertForQuestionAnswering(BertConfig(vocab_size=vocab_size, **shape))
@@ -457,11 +403,11 @@ def write_squad_shaped(folder: str, share: float) -> None:
     """
     rng = np.random.default_rng(0)
     draw = write_language(folder, rng)
-    for split, questions_of_split in SQUAD_QUESTIONS.items():
+    for split, (questions_of_split, per_paragraph, num_golds) in SQUAD.items():
         num_questions = max(1, round(questions_of_split * share))
-        num_contexts = max(1, round(num_questions / QUESTIONS_PER_PARAGRAPH[split]))
+        num_contexts = max(1, round(num_questions / per_paragraph))
         lengths = np.clip(rng.lognormal(4.63, 0.42, num_contexts), 20, 650).astype(int)
-        write_questions(folder, split, rng, draw, lengths, num_questions, GOLD_ANSWERS[split])
+        write_questions(folder, split, rng, draw, lengths, num_questions, num_golds)
 
 
 def write_questions(folder: str, name: str, rng, draw, lengths: np.ndarray, num_questions: int, num_golds: int) -> None:
@@ -514,13 +460,11 @@ def write_language(folder: str, rng) -> Callable[[np.ndarray], list[list[str]]]:
 
 
 def open_tokenizer(folder: str):
-
     vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
     return BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
 
 
 def read(folder: str, name: str):
-
     return read_squad_file(str(Path(folder, f"{name}.json")), folder)
 
 
@@ -559,30 +503,27 @@ def peak_of_tensors(step: Callable) -> int:
 
 
 def measure(call: Callable) -> tuple[object, dict[str, float]]:
-    """(what `call` returns, its seconds, those of the processor alone, and the process's peak memory in bytes).
+    """(what `call` returns, its seconds, those of the processor alone, and the process's peak memory).
 
-    Memory is of two kinds: what is no file's (peak), and the mapped pages of files, which the kernel takes back when it
-    needs room. Read from Linux's /proc.
+    Memory is of two kinds: what is no file's, and the mapped pages of files, which the kernel takes back when it needs
+    room.
     """
-    peaks, done = {"peak_mb": 0, "mapped_mb": 0}, threading.Event()
+    peaks, done = {"peak_mb": 0.0, "mapped_mb": 0.0}, threading.Event()
 
     def watch() -> None:
-        last = False
-        while not last:
-            last = done.wait(0.02)
+        while not done.is_set():
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             for key, name in (("peak_mb", "RssAnon"), ("mapped_mb", "RssFile")):
                 peaks[key] = max(peaks[key], 1024 * int(status[name].split()[0]) / 1e6)
+            done.wait(0.02)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start, cpu_start = time.perf_counter(), time.process_time()
-    try:
-        result = call()
-        spent = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
-    finally:
-        done.set()
-        watcher.join()
+    result = call()
+    spent = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
+    done.set()
+    watcher.join()
     return result, spent | peaks
 
 

@@ -2,11 +2,9 @@
 
 python scripts/check_versions.py [--versions 5.0.0 5.24.0] [--environments DIR]
 
-Saves small models with the transformers that runs it, and loads them in each version: the code beside the weights must
-give the same logits, loss and gradients, eager and sdpa, with gradient checkpointing, and after saving and loading
-again; also from a file with the names and the further weights of Google's checkpoints, and with resized positions.
-transformers 4 loads them without that code. Each version gets an environment of its own, with all but transformers and
-what that needs from the one that runs this. Exit status 1 if any line is not ok.
+Saves small models, and loads them in each version, which gets an environment of its own with all other packages from
+the one that runs this: the code beside the weights (transformers 4 needs none) must give the same logits, loss and
+gradients. Exit status 1 if any line is not ok.
 """
 
 import argparse
@@ -31,6 +29,8 @@ VERSIONS = (  # of each minor one or more
     "5.17.0 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0 4.57.6"
 ).split()
 TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "paris")
+SIZES = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+SIZES |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 TOLERANCE = 1e-4  # of the norm of the logits, the loss or a gradient
 
 
@@ -56,22 +56,19 @@ def check_version(version: str, environments: Path, folder: Path) -> bool:
     try:
         report = run_check(environment_python(environments, version), folder)
     except subprocess.CalledProcessError as error:
-        report = {"transformers": version, "failures": [last_line(error.stderr)]}
+        report = {"transformers": version, "failures": error.stderr.strip().splitlines()[-1:] or ["ended"]}
     if report["transformers"] != version:
         report["failures"].append(f"the environment has transformers {report['transformers']}")
-    if report["failures"]:
-        print(f"{version:<8} FAILED  " + "; ".join(report["failures"]), flush=True)
-        return False
     how = "without" if version.startswith("4.") else "with"
-    print(f"{version:<8} ok      {how} trust_remote_code, logits differ by {report['difference']:.0e}", flush=True)
-    return True
+    says = "FAILED  " + "; ".join(report["failures"])
+    if not report["failures"]:
+        says = f"ok      {how} trust_remote_code, logits differ by {report['difference']:.0e}"
+    print(f"{version:<8} {says}", flush=True)
+    return not report["failures"]
 
 
 def environment_python(environments: Path, version: str) -> str:
-    """The Python of an environment with that transformers, made if `environments` has none.
-
-    All other packages come from the environment that runs this, which stays as it is: its folder follows on the path.
-    """
+    """The Python of an environment with that transformers, made if `environments` has none."""
     environment = environments / f"python{sys.version_info.major}.{sys.version_info.minor}-transformers-{version}"
     paths = sysconfig.get_paths("venv", {"base": str(environment)})
     python = str(Path(paths["scripts"], "python"))
@@ -92,19 +89,15 @@ def run_check(python: str, folder: Path) -> dict:
     with tempfile.TemporaryDirectory() as modules:  # where transformers copies the code to
         environment |= {"HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
         command = [python, str(Path(__file__).resolve()), "--folder", str(folder)]
-        return json.loads(last_line(output_of(command, env=environment, cwd=modules)))
+        return json.loads(output_of(command, env=environment, cwd=modules).splitlines()[-1])
 
 
 def output_of(command: list[str], **settings) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, **settings).stdout
 
 
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["ended without a word"])[-1]
-
-
 def save_models(folder: Path) -> None:
-    """Saves a model of each relative type, one with positions resized from 16 to 40, one as Google names weights."""
+    """A model of each relative type, one with positions resized from 16 to 40, one as Google names weights."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from qa.load_model import rename_extra_special_tokens, resize_position_embeddings
     from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
@@ -113,11 +106,9 @@ def save_models(folder: Path) -> None:
     tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(TOKENS)})
     tokenizer.add_special_tokens({"extra_special_tokens": ["[extra]"]})
     for name, positions in (("relative_key", 40), ("relative_key_query", 40), ("relative_key_query resized", 16)):
-        sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-        dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         settings = dict(max_position_embeddings=positions, position_embedding_type=name.split()[0])
         torch.manual_seed(0)
-        model = RelativeBertForQuestionAnswering(BertConfig(**sizes, **dropout, **settings))
+        model = RelativeBertForQuestionAnswering(BertConfig(**SIZES, **settings))
         for key, parameter in model.named_parameters():  # weights so large that every one of them counts
             mean = 1.0 if key.endswith("LayerNorm.weight") else 0.0
             torch.nn.init.normal_(parameter, mean, std=1.0 if "embedding" in key else 0.3)
@@ -128,15 +119,14 @@ def save_models(folder: Path) -> None:
         save_file(results(model), folder / name / "expected.safetensors")
 
     googles = shutil.copytree(folder / "relative_key_query", folder / "relative_key_query as Google names weights")
-    weights = {googles_name(name): weight for name, weight in load_file(googles / "model.safetensors").items()}
+    weights = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): weight
+        for name, weight in load_file(googles / "model.safetensors").items()
+    }
     weights["bert.embeddings.position_ids"] = torch.arange(40)[None]
     weights["bert.pooler.dense.weight"] = torch.zeros(32, 32)
     weights["cls.predictions.transform.LayerNorm.gamma"] = torch.ones(32)
     save_file(weights, googles / "model.safetensors", metadata={"format": "pt"})
-
-
-def googles_name(name: str) -> str:
-    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
 
 
 def check_folder(folder: Path) -> dict:
@@ -148,8 +138,8 @@ def check_folder(folder: Path) -> dict:
         try:
             report["difference"] = max(report["difference"], check_model(saved, attention))
         except Exception as error:
-            words = " ".join(str(error).split())
-            report["failures"].append(f"{saved.name}, {attention}: {type(error).__name__}: {words}")
+            words = " ".join(f"{saved.name}, {attention}: {type(error).__name__}: {error}".split())
+            report["failures"].append(words)
     return report
 
 
