@@ -39,7 +39,6 @@ logger = logging.getLogger("run_squad")
 
 WINDOWS_PER_BATCH = 16
 RUNNERS_UP = 3
-RUNNER_UP_CHARACTERS = 80
 SENTENCE_CHARACTERS = 300  # shown at most on each side of the answer
 
 EPILOG = """
@@ -163,9 +162,8 @@ def saved_settings(model_dir: str) -> dict:
 
 def chosen_settings(kind: type, args: argparse.Namespace, saved: dict):
     """An instance of `kind`: flags before what run_squad.py has left with the model, before the defaults."""
-    names = [setting.name for setting in fields(kind)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return kind(**{name: saved[name] for name in names if name in saved} | given)
+    chosen = saved | {name: value for name, value in vars(args).items() if value is not None}
+    return kind(**{setting.name: chosen[setting.name] for setting in fields(kind) if setting.name in chosen})
 
 
 # ---- Answers ----
@@ -209,12 +207,11 @@ def show(answer: dict, context: str, in_color: bool) -> str:
         lines.append(f"    {printable(before)}{mark[0]}{printable(answer['answer'])}{mark[1]}{printable(after)}")
     others = Counter()
     for candidate in answer["n_best"]:
-        if candidate["text"] != answer["answer"]:
-            others[printable(candidate["text"]) or "no answer"] += candidate["probability"]
+        others[printable(candidate["text"]) or "no answer"] += candidate["probability"]
+    del others[printable(answer["answer"]) or "no answer"]
     if others:
         lines.append("  Runners-up:")
-    for text, probability in others.most_common(RUNNERS_UP):
-        lines.append(f"    {probability:.2f}  {text[:RUNNER_UP_CHARACTERS]}")
+    lines += [f"    {probability:.2f}  {text[:80]}" for text, probability in others.most_common(RUNNERS_UP)]
     return "\n".join(lines)
 
 

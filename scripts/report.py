@@ -37,8 +37,7 @@ from qa.windows import WindowSettings, make_features  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 WORST_QUESTIONS = 50
-LONGEST_CONTEXT = 2000  # characters; of a longer one only what surrounds the answers is shown
-SURROUNDINGS = 300
+SURROUNDINGS = 1000  # characters that are shown of a context on each side of an answer
 QUESTION_WORD = re.compile(r"\b(how many|how much|what|when|where|which|why|how|who)(?:(?<=who)(?:m|se))?\b")
 
 
@@ -197,7 +196,7 @@ def calibration_error(groups: dict[str, list[Question]]) -> float:
 def worst(questions: list[Question]) -> list[Question]:
     """The wrong answers, those with the lowest f1 first, and of these the surest first."""
     wrong = [question for question in questions if not question.exact]
-    return sorted(wrong, key=lambda q: (q.f1, -q.probability))[:WORST_QUESTIONS]
+    return sorted(wrong, key=lambda q: (q.f1, -q.probability))
 
 
 # ---- Page ----
@@ -210,8 +209,8 @@ def page(name: str, questions: list[Question], history: dict[str, list[tuple[int
         name=escape(name),
         tiles=tiles(questions),
         cards=training_card(history) + group_cards(questions),
-        legend=worst_legend(questions, len(wrong)),
-        worst="".join(map(worst_item, wrong)),
+        wrong=f"{len(wrong):,} of {len(questions):,}",
+        worst="".join(map(worst_item, wrong[:WORST_QUESTIONS])),
     )
 
 
@@ -309,17 +308,6 @@ def key(kind: str, name: str) -> str:
 # ---- Worst questions ----
 
 
-def worst_legend(questions: list[Question], num_shown: int) -> str:
-    wrong = sum(not q.exact for q in questions)
-    if not wrong:
-        return "Every question is answered exactly."
-    return (
-        f"{wrong:,} of {len(questions):,} questions are not answered exactly; here are {num_shown}: lowest f1 first, "
-        "and of equal ones those that the model was surest of. In the text: <mark class=gold>gold answer</mark>, "
-        "<mark class=pred>predicted answer</mark>, <mark class=both>both</mark>."
-    )
-
-
 def worst_item(question: Question) -> str:
     golds = dict.fromkeys(question.answers["text"]) or ["no answer"]
     marked = [f"<mark class=gold><bdi>{escape(gold)}</bdi></mark>" for gold in golds]
@@ -340,7 +328,7 @@ def marked_context(question: Question) -> str:
     spans = [(start, start + len(text), 1) for start, text in golds if start != NO_START]
     spans += [(*question.span, 2)] if question.span else []
     kinds = np.zeros(length, np.int8)  # of each character, its place in KINDS
-    shown = np.full(length, length <= LONGEST_CONTEXT)
+    shown = np.zeros(length, bool)
     for start, end, mark in spans or [(0, 0, 0)]:
         kinds[max(start, 0) : max(end, 0)] |= mark
         shown[max(start - SURROUNDINGS, 0) : max(end + SURROUNDINGS, 0)] = True

@@ -176,7 +176,7 @@ def test_a_run_of_which_little_is_known(tmp_path):
     page = Reader((tmp_path / "run" / "report.html").read_text()).text
     assert "trainer_state.json is missing" in page
     assert "Not known: the folder lacks qa_settings.json" in page
-    assert "Every question is answered exactly" in page
+    assert "0 of 1 questions are not answered exactly" in page
 
 
 def test_each_error_is_one_line(tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_probability_of_a_span_that_two_windows_see(tmp_path):
 def test_worst_questions_come_first():
     questions = [question(id=str(i), exact=0, f1=0.25 * (i % 3), probability=i / 100) for i in range(100)]
     chosen = report.worst([question(id="right"), *questions])
-    assert [int(q.id) for q in chosen] == [*range(99, -1, -3), *range(97, 48, -3)][:50]
+    assert [int(q.id) for q in chosen] == [*range(99, -1, -3), *range(97, -1, -3), *range(98, -1, -3)]
 
 
 @given(st.data())
