@@ -7,14 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-try:
-    import matplotlib
-except ImportError:
-    print("compare_positions.py: error: matplotlib is missing: python -m pip install matplotlib", file=sys.stderr)
-    sys.exit(2)
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 POSITION_TYPES = {"absolute": "#7a7f87", "relative_key": "#e08a1e", "relative_key_query": "#2456b8"}  # their colours
 WAYS = {"windows": "many short windows", "one_window": "one long window"}  # of reading a text, by folder

@@ -116,10 +116,9 @@ def make_splits(rng, num_paragraphs):
 
 def make_articles(split, paragraphs):
     """In SQuAD's layout; without answers where the split is the test's."""
-    if split == "test":
-        for qa in (qa for paragraph in paragraphs for qa in paragraph["qas"]):
-            del qa["answers"]
-            qa.pop("is_impossible", None)
+    for qa in (qa for paragraph in paragraphs for qa in paragraph["qas"] if split == "test"):
+        del qa["answers"]
+        qa.pop("is_impossible", None)
     parts = [paragraphs[i : i + PARAGRAPHS_PER_ARTICLE] for i in range(0, len(paragraphs), PARAGRAPHS_PER_ARTICLE)]
     return [{"title": f"{split} {number}", "paragraphs": part} for number, part in enumerate(parts)]
 
