@@ -106,16 +106,12 @@ def main() -> None:
 
 
 def print_row(row: dict, heads: bool) -> None:
-    """As a line of a table: times (_s) in seconds, memory (_mb) in whole megabytes."""
-    what, *values = row.items()
     if heads:
-        print(f"{'':40}" + "".join(f"{key:>{max(10, len(key) + 2)}}" for key, _ in values))
-    line = f"{what[1]:<40}"
-    for key, value in values:
-        if isinstance(value, float):
-            value = f"{value:.0f}" if key.endswith("_mb") else f"{value:.3f}"
-        line += f"{value:>{max(10, len(key) + 2)}}"
-    print(line, flush=True)
+        print(f"{'':40}" + "".join(f"{key:>14}" for key in list(row)[1:]))
+    what, *values = row.values()
+    digits = [0 if isinstance(value, int) or value > 100 else 3 for value in values]
+    figures = [f"{value:>14.{number}f}" for value, number in zip(values, digits, strict=True)]
+    print(f"{what:<40}" + "".join(figures), flush=True)
 
 
 # ---- Relative against absolute positions, one BERT layer ----
@@ -131,7 +127,7 @@ def measure_attention(args: argparse.Namespace) -> Iterator[dict]:
         hidden = torch.randn(batch, length, ATTENTION_SHAPES[size][0][0]).to(DEVICE, dtype)
         hidden.requires_grad_(kind == "train")
         steps = {who: make_step(layer.to(DEVICE, dtype), hidden, kind) for who, layer in layers.items()}
-        seconds = alternate(steps, args.repeats, untimed=1)
+        seconds = alternate(steps, args.repeats)
         memory = {who: peak_of_tensors(step) / 1e6 for who, step in steps.items()}
         yield {
             "what": f"{position_type} {kind} {shape} {size}",
@@ -242,8 +238,7 @@ def measure_data(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def data_row(what: str, seconds: dict[str, float]) -> dict:
-    times = {f"{key}_s": value for key, value in seconds.items()}
-    return {"what": what, "ratio": seconds["run_qa"] / seconds["ours"], **times}
+    return {"what": what, "ratio": seconds["run_qa"] / seconds["ours"]} | {f"{k}_s": v for k, v in seconds.items()}
 
 
 def make_logits(features) -> tuple[np.ndarray, np.ndarray]:
@@ -306,7 +301,7 @@ def measure_training(args: argparse.Namespace) -> Iterator[dict]:
                 optimizer.zero_grad()
 
         steps = {way: functools.partial(run_round, *parts) for way, parts in ways.items()}
-        seconds = alternate(steps, args.repeats, untimed=1)
+        seconds = alternate(steps, args.repeats)
 
     for way, (_, batches) in ways.items():
         widths = [384 if way == "padded to 384" else int(lengths[batch].max()) for batch in batches]
@@ -324,30 +319,31 @@ def measure_training(args: argparse.Namespace) -> Iterator[dict]:
 
 def measure_scale(args: argparse.Namespace) -> Iterator[dict]:
     """A row for each stage and size, and in the way of run_qa.py for the smallest: seconds, those of one core alone,
-    and peak memory. Each size, and the way of run_qa.py, has a process of its own.
+    and peak memory.
     """
     for contracts in sorted(args.contracts):
+        ways = [answer_contracts, answer_contracts_as_run_qa][: 2 if contracts == min(args.contracts) else 1]
         with tempfile.TemporaryDirectory() as folder:
             rng = np.random.default_rng(0)
             draw = write_language(folder, rng)
             lengths = np.full(contracts, CONTRACT_WORDS)
             write_questions(folder, "contracts", rng, draw, lengths, contracts * CONTRACT_QUESTIONS, num_golds=1)
-            stages = in_own_process(answer_contracts, folder)
-            if contracts == min(args.contracts):
-                stages |= in_own_process(answer_contracts_as_run_qa, folder)
-        for what, measured in stages.items():
-            windows = measured.pop("windows")
-            rate = windows / measured["cpu_s"]
-            yield {"what": f"{what}, {contracts} contracts", "windows": windows, **measured, "windows/cpu_s": rate}
+            # Each in a process of its own, whose memory nothing else has grown.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as executor:
+                results = [executor.submit(way, folder).result() for way in ways]
+        for windows, stages in results:
+            for what, measured in stages.items():
+                rate = windows / measured["cpu_s"]
+                yield {"what": f"{what}, {contracts} contracts", "windows": windows, **measured, "windows/cpu_s": rate}
 
 
-def answer_contracts(folder: str) -> dict[str, dict]:
-    """What each stage takes: reading, features, evaluation, post-processing."""
-    tokenizer, windows = open_on_one_core(folder)
+def answer_contracts(folder: str) -> tuple[int, dict[str, dict]]:
+    """(number of windows, what each stage takes)."""
+    tokenizer, windows, model = open_on_one_core(folder)
     examples, reading = measure(lambda: read(folder, "contracts"))
     features, making = measure(lambda: make_features(examples, tokenizer, windows))
     trainer = QuestionAnsweringTrainer(
-        model=make_tiny_bert(len(tokenizer)),
+        model=model,
         args=QATrainingArguments(folder, per_device_eval_batch_size=SCALE_BATCH, disable_tqdm=True),
         data_collator=QADataCollator(tokenizer),
         processing_class=tokenizer,
@@ -355,18 +351,18 @@ def answer_contracts(folder: str) -> dict[str, dict]:
     (search, _), evaluation = measure(lambda: trainer.find_answers(features, examples, "eval"))
     _, post_processing = measure(lambda: write_predictions(search.predictions(), folder, "eval"))
     stages = {"reading": reading, "features": making, "evaluation": evaluation, "post-processing": post_processing}
-    return {what: {"windows": len(features), **measured} for what, measured in stages.items()}
+    return len(features), stages
 
 
-def answer_contracts_as_run_qa(folder: str) -> dict[str, dict]:
+def answer_contracts_as_run_qa(folder: str) -> tuple[int, dict[str, dict]]:
     """All in the way of run_qa.py: windows, the Trainer's own evaluation, which keeps all logits, and answers."""
-    tokenizer, windows = open_on_one_core(folder)
+    tokenizer, windows, model = open_on_one_core(folder)
     examples = read(folder, "contracts")
     windows = dataclasses.replace(windows, doc_stride=40)  # there the overlap, which makes about as many windows
     features, making = measure(lambda: peer_run_qa.make_features(examples, tokenizer, windows))
     arguments = {"per_device_eval_batch_size": SCALE_BATCH, "disable_tqdm": True, "report_to": "none"}
     trainer = Trainer(
-        model=make_tiny_bert(len(tokenizer)),
+        model=model,
         args=TrainingArguments(folder, use_cpu=DEVICE == "cpu", **arguments),
         data_collator=default_data_collator,
         processing_class=tokenizer,
@@ -374,8 +370,7 @@ def answer_contracts_as_run_qa(folder: str) -> dict[str, dict]:
     inputs = features.remove_columns(["example_id", "offset_mapping"])
     output, evaluation = measure(lambda: trainer.predict(inputs))
     _, answering = measure(lambda: peer_run_qa.write_answers(examples, features, output.predictions, folder))
-    stages = {"run_qa features": making, "run_qa evaluation": evaluation, "run_qa answers": answering}
-    return {what: {"windows": len(features), **measured} for what, measured in stages.items()}
+    return len(features), {"run_qa features": making, "run_qa evaluation": evaluation, "run_qa answers": answering}
 
 
 def open_on_one_core(folder: str) -> tuple:
@@ -384,13 +379,10 @@ def open_on_one_core(folder: str) -> tuple:
     torch.set_num_threads(1)
     tokenizer = open_tokenizer(folder)
     tokenizer("a", "a")  # what it makes at its first call
-    return tokenizer, WindowSettings(128, 64)
-
-
-def make_tiny_bert(vocab_size: int):
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
-    return BertForQuestionAnswering(BertConfig(vocab_size=vocab_size, **shape))
+    model = BertForQuestionAnswering(BertConfig(vocab_size=len(tokenizer), **shape))
+    return tokenizer, WindowSettings(128, 64), model
 
 
 # ---- Text of SQuAD's shape ----
@@ -471,18 +463,18 @@ def read(folder: str, name: str):
 # ---- Time and memory ----
 
 
-def alternate(steps: dict[str, Callable], repeats: int, untimed: int = 0) -> dict[str, float]:
-    """The median seconds of each step. One round calls each once, so that whatever else the machine does hits all."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def alternate(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each step, after an untimed round. A round calls each once: what the machine does hits all."""
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     times = {key: [] for key in steps}
-    for _ in range(untimed + repeats):
+    for _ in range(1 + repeats):
         for key, step in steps.items():
             synchronize()
             start = time.perf_counter()
             step()
             synchronize()
             times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(each[untimed:]) for key, each in times.items()}
+    return {key: statistics.median(each[1:]) for key, each in times.items()}
 
 
 def peak_of_tensors(step: Callable) -> int:
@@ -525,12 +517,6 @@ def measure(call: Callable) -> tuple[object, dict[str, float]]:
     done.set()
     watcher.join()
     return result, spent | peaks
-
-
-def in_own_process(function: Callable, *args):
-    """What it returns, from a new process, whose memory nothing else has grown."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *args).result()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does a saved model with relative positions load, answer and train alike in every transformers 5? A line for each.
 
-python scripts/check_versions.py [--versions 5.0.0 5.24.0] [--environments DIR]
+python scripts/check_versions.py [--versions 5.0.0 5.24.0]
 
 Saves small models, and loads them in each version, which gets an environment of its own with all other packages from
 the one that runs this: the code beside the weights (transformers 4 needs none) must give the same logits, loss and
@@ -37,7 +37,6 @@ TOLERANCE = 1e-4  # of the norm of the logits, the loss or a gradient
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=VERSIONS, metavar="VERSION", help="(those of each minor)")
-    parser.add_argument("--environments", type=Path, metavar="DIR", help="folder that keeps the environments (none)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="check what was saved in DIR, with this Python only")
     args = parser.parse_args(argv)
     if args.folder:
@@ -47,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "saved")
         save_models(folder)
-        environments = (args.environments or Path(temporary, "environments")).resolve()
-        return 0 if all([check_version(version, environments, folder) for version in args.versions]) else 1
+        return 0 if all([check_version(version, Path(temporary), folder) for version in args.versions]) else 1
 
 
 def check_version(version: str, environments: Path, folder: Path) -> bool:
@@ -68,18 +66,14 @@ def check_version(version: str, environments: Path, folder: Path) -> bool:
 
 
 def environment_python(environments: Path, version: str) -> str:
-    """The Python of an environment with that transformers, made if `environments` has none."""
-    environment = environments / f"python{sys.version_info.major}.{sys.version_info.minor}-transformers-{version}"
+    """The Python of a new environment with that transformers."""
+    environment = environments / version
+    venv.create(environment)
     paths = sysconfig.get_paths("venv", {"base": str(environment)})
     python = str(Path(paths["scripts"], "python"))
-    complete = environment / "complete"
-    if not complete.exists():
-        shutil.rmtree(environment, ignore_errors=True)
-        venv.create(environment)
-        here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        Path(paths["purelib"], "from_the_one_that_runs_this.pth").write_text("\n".join(here) + "\n")
-        output_of([sys.executable, "-m", "pip", "--python", python, "install", "-q", f"transformers=={version}"])
-        complete.touch()
+    here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    Path(paths["purelib"], "from_the_one_that_runs_this.pth").write_text("\n".join(here) + "\n")
+    output_of([sys.executable, "-m", "pip", "--python", python, "install", "-q", f"transformers=={version}"])
     return python
 
 
@@ -130,7 +124,7 @@ def save_models(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> dict:
-    """The checks of all that `save_models` has saved, in the environment that runs this; failures are in words."""
+    """The checks of all that `save_models` has saved; failures are in words."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     report = {"transformers": transformers.__version__, "failures": [], "difference": 0.0}
@@ -163,13 +157,11 @@ def check_model(saved: Path, attention: str) -> float:
         check(not names, f"saves weights under other names: {sorted(names)}")
         model_again = AutoModelForQuestionAnswering.from_pretrained(again, **settings)
     compare(results(model_again), expected, "saved and loaded again")
-
     for reentrant in (False, True):
         model_again.gradient_checkpointing_enable({"use_reentrant": reentrant})
         on = any(getattr(module, "gradient_checkpointing", False) for module in model_again.modules())
         check(on, "gradient checkpointing stays off")
         compare(results(model_again), expected, f"gradient checkpointing, use_reentrant {reentrant}")
-
     if attention == "eager":
         outputs = model.eval()(**small_batch(), output_attentions=True, output_hidden_states=True)
         shapes = [tuple(each.shape) for each in (*outputs.attentions, *outputs.hidden_states)]
