@@ -39,7 +39,6 @@ logger = logging.getLogger("run_squad")
 
 WINDOWS_PER_BATCH = 16
 RUNNERS_UP = 3
-RUNNER_UP_CHARACTERS = 80
 SENTENCE_CHARACTERS = 300  # shown at most on each side of the answer
 
 EPILOG = """
@@ -57,14 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         ask(args)
-    except QAError as error:
+    except (QAError, UnicodeError) as error:
         parser.refuse(error)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def ask(args: argparse.Namespace) -> None:
@@ -87,13 +82,8 @@ def ask(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="ask.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(prog="ask.py", description=__doc__, epilog=EPILOG, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model, or its name on the hub")
     parser.add_argument("--context_file", metavar="FILE", help="text to ask about; by default standard input")
     parser.add_argument("--question", help="by default questions are read one a line, until the end of input")
@@ -105,33 +95,27 @@ def make_parser() -> OneLineParser:
 
 
 def read_context(file: str | None) -> str:
-    """The text, character by character as it stands. Raises QAError where there is none."""
-    name = file or "standard input"
+    """The text, character by character as it stands."""
     if file is None and sys.stdin.isatty():
         print("The text, ended by Ctrl-D on a line of its own:", file=sys.stderr)
     try:
         content = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
-        context = content.decode("utf-8-sig")
     except OSError as error:
         raise QAError(f"--context_file {file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise QAError(f"{name}: byte {error.start}: not UTF-8 text") from error
+    context = content.decode("utf-8-sig")
     if not context.strip():
-        raise QAError(f"{name}: holds no text to ask about")
+        raise QAError(f"{file or 'standard input'}: holds no text to ask about")
     return context
 
 
 def read_questions(stdin_is_read: bool) -> Iterator[str]:
     """Questions, one a line: from standard input, or from the terminal where that has given the text."""
-    source = sys.stdin
-    if stdin_is_read:
-        try:
-            source = open("/dev/tty", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise QAError(
-                "text and questions cannot both come from standard input: give --context_file or --question"
-            ) from error
-    source.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused with the question
+    try:
+        source = open("/dev/tty", encoding="utf-8") if stdin_is_read else sys.stdin  # noqa: SIM115
+    except OSError as error:
+        raise QAError(
+            "text and questions cannot both be on standard input: give --context_file or --question"
+        ) from error
     prompt = "Question (Ctrl-D ends): " if source.isatty() else ""
     print(prompt, end="", file=sys.stderr, flush=True)
     for line in iter(source.readline, ""):
@@ -178,9 +162,8 @@ def saved_settings(model_dir: str) -> dict:
 
 def chosen_settings(kind: type, args: argparse.Namespace, saved: dict):
     """An instance of `kind`: flags before what run_squad.py has left with the model, before the defaults."""
-    names = [setting.name for setting in fields(kind)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return kind(**{name: saved[name] for name in names if name in saved} | given)
+    chosen = saved | {name: value for name, value in vars(args).items() if value is not None}
+    return kind(**{setting.name: chosen[setting.name] for setting in fields(kind) if setting.name in chosen})
 
 
 # ---- Answers ----
@@ -190,16 +173,12 @@ def chosen_settings(kind: type, args: argparse.Namespace, saved: dict):
 def answer_question(
     model, tokenizer, context: str, question: str, windows: WindowSettings, answers: AnswerSettings
 ) -> dict:
-    """{answer, probability, start, end, n_best}; see EPILOG. Raises QAError for a question that is empty, not UTF-8."""
-    try:
-        question.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise QAError("the question is not UTF-8 text") from error
+    """{answer, probability, start, end, n_best}; see EPILOG."""
     if not question.strip():
         raise QAError("the question is empty")
     with tempfile.TemporaryDirectory() as folder:  # the cache of features is beside their questions
-        examples = datasets.Dataset.from_dict({"id": ["question"], "context": [context], "question": [question]})
-        examples.save_to_disk(folder)
+        row = {"id": "question", "context": context, "question": question}
+        datasets.Dataset.from_list([row]).save_to_disk(folder)
         examples = datasets.load_from_disk(folder)
         features = make_features(examples, tokenizer, windows)
         collate = QADataCollator(tokenizer)
@@ -228,13 +207,11 @@ def show(answer: dict, context: str, in_color: bool) -> str:
         lines.append(f"    {printable(before)}{mark[0]}{printable(answer['answer'])}{mark[1]}{printable(after)}")
     others = Counter()
     for candidate in answer["n_best"]:
-        if candidate["text"] != answer["answer"]:
-            others[printable(candidate["text"]) or "no answer"] += candidate["probability"]
+        others[printable(candidate["text"]) or "no answer"] += candidate["probability"]
+    del others[printable(answer["answer"]) or "no answer"]
     if others:
         lines.append("  Runners-up:")
-    for text, probability in others.most_common(RUNNERS_UP):
-        cut = text if len(text) <= RUNNER_UP_CHARACTERS else text[: RUNNER_UP_CHARACTERS - 1].rstrip() + "…"
-        lines.append(f"    {probability:.2f}  {cut}")
+    lines += [f"    {probability:.2f}  {text[:80]}" for text, probability in others.most_common(RUNNERS_UP)]
     return "\n".join(lines)
 
 
@@ -242,17 +219,12 @@ def sentence_around(context: str, start: int, end: int) -> tuple[str, str]:
     """What stands in the answer's sentence before it and after it."""
     # A sentence ends at .!? and white space, not after one letter (an initial) or a title; or at an empty line.
     boundary = re.compile(r"(?<!\b[A-Z])(?<!\b[MDS][rst])(?<!\bMrs)[.!?][\"'”’)\]]*\s+|[。！？]\s*|\n\s*\n")
-    first = max(0, start - SENTENCE_CHARACTERS)
-    ends = [match.end() for match in boundary.finditer(context, first, start)]
-    before = context[ends[-1] if ends else first : start]
-    if first > 0 and not ends:
-        before = "…" + before
-    # The answer's own last characters belong to what is searched: it may end with its sentence.
-    last = end + SENTENCE_CHARACTERS
-    ends = [m.end() for m in boundary.finditer(context, max(start, end - 3), last) if m.end() >= end]
-    if ends:
-        return before.lstrip(), context[end : ends[0]].rstrip()
-    return before.lstrip(), context[end:last].rstrip() + ("…" if last < len(context) else "")
+    first, last = max(0, start - SENTENCE_CHARACTERS), min(len(context), end + SENTENCE_CHARACTERS)
+    ends = [match.end() for match in boundary.finditer(context, first, last)]
+    begin = max((place for place in ends if place <= start), default=first)
+    stop = min((place for place in ends if place >= end), default=last)
+    before, after = context[begin:start].lstrip(), context[end:stop].rstrip()
+    return "…" * (begin == first > 0) + before, after + "…" * (stop == last < len(context))
 
 
 def printable(text: str) -> str:

@@ -1,9 +1,6 @@
-"""What this project costs, beside what it replaces. Each subcommand prints a table and can write its rows as JSON.
+"""What this project costs, beside what it replaces: tables, and their rows as JSON.
 
-python scripts/benchmark.py attention [--sizes toy base large] [--lengths 384x4 ...] [--repeats 8] [--json FILE]
-python scripts/benchmark.py data [--questions 87599] [--repeats 3] [--json FILE]
-python scripts/benchmark.py training [--size base] [--questions 20000] [--batches 8] [--repeats 3] [--json FILE]
-python scripts/benchmark.py scale [--contracts 1 4 16] [--json FILE]
+python scripts/benchmark.py {attention,data,training,scale} [--json FILE] [further flags: --help]
 """
 
 import argparse
@@ -45,7 +42,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from qa.files import write_json  # noqa: E402
 from qa.modeling_relative_bert import RelativeBertLayer, RelativeBertSelfAttention  # noqa: E402
 from qa.read_squad import read_squad_file  # noqa: E402
-from qa.train_questions import align_answers  # noqa: E402
 from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
 from run_squad import QATrainingArguments  # noqa: E402
 from trainer_qa import QuestionAnsweringTrainer  # noqa: E402
@@ -58,9 +54,7 @@ ATTENTION_SHAPES = {
     "large": ((1024, 16, 4096), ["160x10", "384x4", "512x4"]),
 }
 MODEL_SHAPES = {"mini": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 24, 16)}  # hidden size, layers, heads
-SQUAD_QUESTIONS = {"train": 87_599, "validation": 10_570}
-QUESTIONS_PER_PARAGRAPH = {"train": 4.6, "validation": 5.1}
-GOLD_ANSWERS = {"train": 1, "validation": 3}
+SQUAD = {"train": (87_599, 4.6, 1), "validation": (10_570, 5.1, 3)}  # questions, questions a paragraph, gold answers
 CONTRACT_WORDS, CONTRACT_QUESTIONS = 7_100, 41  # as in CUAD: 54,000 characters
 SCALE_BATCH = 32
 RELATIVE_TYPES = ("relative_key", "relative_key_query")
@@ -71,37 +65,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add_command(name: str, run: Callable, explanation: str, **repeats: int) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=explanation)
+    def add_command(name: str, run: Callable, explanation: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=explanation, description=explanation)
         command.add_argument("--json", type=Path, help="file to write the rows to")
-        for flag, default in repeats.items():
-            command.add_argument(f"--{flag}", type=int, default=default, help="timed rounds (%(default)s)")
+        if name != "scale":
+            command.add_argument("--repeats", type=int, default=8 if name == "attention" else 3, help="timed rounds")
         command.set_defaults(run=run)
         return command
 
     explanation = "one BERT layer with relative positions: ours, the plain formula, absolute positions under sdpa"
-    attention = add_command("attention", measure_attention, explanation, repeats=8)
+    attention = add_command("attention", measure_attention, explanation)
     attention.add_argument("--sizes", nargs="+", choices=ATTENTION_SHAPES, default=list(ATTENTION_SHAPES))
     attention.add_argument("--lengths", nargs="+", help="length x batch size (those that the size is used with)")
     attention.add_argument("--passes", nargs="+", choices=("forward", "train"), default=["forward", "train"])
-    attention.add_argument("--dropout", type=float, default=0.0, help="of the probabilities, in training (%(default)s)")
-
+    attention.add_argument("--dropout", type=float, default=0.0, help="of the probabilities, in training")
     explanation = "features, post-processing and metric on text of SQuAD's shape: ours and in the way of run_qa.py"
-    data = add_command("data", measure_data, explanation, repeats=3)
-    data.add_argument(
-        "--questions", type=int, default=87_599, help="in training; evaluation shrinks alike (%(default)s)"
-    )
-
+    data = add_command("data", measure_data, explanation)
+    data.add_argument("--questions", type=int, default=87_599, help="in training; evaluation shrinks alike")
     explanation = "training steps on text of SQuAD's shape: padded to 384, padded to the batch, and ours"
-    training = add_command("training", measure_training, explanation, repeats=3)
-    training.add_argument("--size", choices=MODEL_SHAPES, default="base", help="shape of the BERT (%(default)s)")
-    training.add_argument("--questions", type=int, default=20_000, help="to train on (%(default)s)")
-    training.add_argument("--batch_size", type=int, default=12, help="windows in a batch (%(default)s)")
-    training.add_argument("--batches", type=int, default=8, help="batches in a round (%(default)s)")
-
+    training = add_command("training", measure_training, explanation)
+    training.add_argument("--size", choices=MODEL_SHAPES, default="base", help="shape of the BERT")
+    training.add_argument("--questions", type=int, default=20_000, help="to train on")
+    training.add_argument("--batch_size", type=int, default=12, help="windows in a batch")
+    training.add_argument("--batches", type=int, default=8, help="batches in a round")
     explanation = "contracts of 54,000 characters with 41 questions, in windows of 128 tokens: how time and memory grow"
     scale = add_command("scale", measure_scale, explanation)
-    scale.add_argument("--contracts", type=int, nargs="+", default=[1, 4, 16], help="in each set (%(default)s)")
+    scale.add_argument("--contracts", type=int, nargs="+", default=[1, 4, 16], help="in each set")
 
     args = parser.parse_args()
     datasets.disable_progress_bars()
@@ -117,16 +106,12 @@ def main() -> None:
 
 
 def print_row(row: dict, heads: bool) -> None:
-    """As a line of a table: times (_s) in seconds, memory (_mb) in whole megabytes."""
-    what, *values = row.items()
     if heads:
-        print(f"{'':40}" + "".join(f"{key:>{max(10, len(key) + 2)}}" for key, _ in values))
-    line = f"{what[1]:<40}"
-    for key, value in values:
-        if isinstance(value, float):
-            value = f"{value:.0f}" if key.endswith("_mb") else f"{value:.3f}"
-        line += f"{value:>{max(10, len(key) + 2)}}"
-    print(line, flush=True)
+        print(f"{'':40}" + "".join(f"{key:>14}" for key in list(row)[1:]))
+    what, *values = row.values()
+    digits = [0 if isinstance(value, int) or value > 100 else 3 for value in values]
+    figures = [f"{value:>14.{number}f}" for value, number in zip(values, digits, strict=True)]
+    print(f"{what:<40}" + "".join(figures), flush=True)
 
 
 # ---- Relative against absolute positions, one BERT layer ----
@@ -142,7 +127,7 @@ def measure_attention(args: argparse.Namespace) -> Iterator[dict]:
         hidden = torch.randn(batch, length, ATTENTION_SHAPES[size][0][0]).to(DEVICE, dtype)
         hidden.requires_grad_(kind == "train")
         steps = {who: make_step(layer.to(DEVICE, dtype), hidden, kind) for who, layer in layers.items()}
-        seconds = alternate(steps, args.repeats, untimed=1)
+        seconds = alternate(steps, args.repeats)
         memory = {who: peak_of_tensors(step) / 1e6 for who, step in steps.items()}
         yield {
             "what": f"{position_type} {kind} {shape} {size}",
@@ -160,9 +145,7 @@ def make_layers(size: str, length: int, position_type: str, dropout: float) -> d
     """Ours, the reference, and for absolute positions that of transformers, with equal weights."""
     hidden, heads, intermediate = ATTENTION_SHAPES[size][0]
     config = BertConfig(
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
+        **{"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": intermediate},
         attention_probs_dropout_prob=dropout,
         max_position_embeddings=max(512, length),
         position_embedding_type=position_type,
@@ -218,28 +201,24 @@ def make_step(layer, hidden, kind: str) -> Callable[[], None]:
 
 
 def measure_data(args: argparse.Namespace) -> Iterator[dict]:
-    """A row for each part of the data path, with medians and their ratio; and one of the whole path's memory."""
+    """A row for each part of the data path, with medians and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
-        write_squad_shaped(folder, args.questions / SQUAD_QUESTIONS["train"])
-        yield {"what": "all of ours, once, in one process", **in_own_process(run_data_path, folder)}
+        write_squad_shaped(folder, args.questions / SQUAD["train"][0])
         tokenizer, windows = open_tokenizer(folder), WindowSettings()
         train, validation = read(folder, "train"), read(folder, "validation")
         for what, examples, reference in (
             ("train_features", train, peer_run_qa.make_train_features),
             ("eval_features", validation, peer_run_qa.make_features),
         ):
-            texts = examples.unique("context"), examples.unique("question")
             steps = {
                 "ours": functools.partial(make_features, examples, tokenizer, windows, overwrite_cache=True),
                 "run_qa": functools.partial(reference, examples, tokenizer, windows),
                 "cached": functools.partial(make_features, examples, tokenizer, windows),
-                "tokenizer": functools.partial(tokenize_alone, tokenizer, *texts),
             }
             yield data_row(f"{what} of {len(examples)} questions", alternate(steps, args.repeats))
 
-        features, peer_features = (
-            make(validation, tokenizer, windows) for make in (make_features, peer_run_qa.make_features)
-        )
+        features = make_features(validation, tokenizer, windows)
+        peer_features = peer_run_qa.make_features(validation, tokenizer, windows)
         logits, peer_logits = make_logits(features), make_logits(peer_features)
         steps = {
             "ours": functools.partial(our_answers, validation, features, logits, folder),
@@ -259,29 +238,7 @@ def measure_data(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def data_row(what: str, seconds: dict[str, float]) -> dict:
-    times = {f"{key}_s": value for key, value in seconds.items()}
-    return {"what": what, "ratio": seconds["run_qa"] / seconds["ours"], **times}
-
-
-def run_data_path(folder: str) -> dict[str, float]:
-    """Reads, makes all features, post-processes and scores once; what that took."""
-    datasets.disable_progress_bars()
-
-    def run():
-        make_features(align_answers(read(folder, "train"), "train")[0], open_tokenizer(folder), WindowSettings())
-        validation = read(folder, "validation")
-        features = make_features(validation, open_tokenizer(folder), WindowSettings())
-        squad_scores(validation, our_answers(validation, features, make_logits(features), folder))
-
-    return measure(run)[1]
-
-
-def tokenize_alone(tokenizer, contexts: list[str], questions: list[str]) -> None:
-    """The limit of our features: the distinct texts through the tokenizer, with the offsets of the contexts' tokens."""
-    backend = tokenizer.backend_tokenizer
-    for texts, encode in ((contexts, backend.encode_batch), (questions, backend.encode_batch_fast)):
-        for first in range(0, len(texts), 1000):
-            encode(texts[first : first + 1000], add_special_tokens=False)
+    return {"what": what, "ratio": seconds["run_qa"] / seconds["ours"]} | {f"{k}_s": v for k, v in seconds.items()}
 
 
 def make_logits(features) -> tuple[np.ndarray, np.ndarray]:
@@ -295,7 +252,6 @@ def make_logits(features) -> tuple[np.ndarray, np.ndarray]:
 
 
 def our_answers(examples, features, logits, folder: str):
-
     predictions = postprocess_qa_predictions(examples, features, logits, AnswerSettings())
     write_predictions(predictions, folder, "ours")
     return predictions
@@ -306,17 +262,14 @@ def our_answers(examples, features, logits, folder: str):
 
 def measure_training(args: argparse.Namespace) -> Iterator[dict]:
     """A row for each way of making batches: windows a second (median of the rounds) and the share of padding."""
-
     with tempfile.TemporaryDirectory() as folder:
-        write_squad_shaped(folder, args.questions / SQUAD_QUESTIONS["train"])
+        write_squad_shaped(folder, args.questions / SQUAD["train"][0])
         tokenizer = open_tokenizer(folder)
-        features, eval_features = (make_features(read(folder, s), tokenizer, WindowSettings()) for s in SQUAD_QUESTIONS)
-        lengths, eval_lengths = (np.asarray(rows["length"]) for rows in (features, eval_features))
+        features = make_features(read(folder, "train"), tokenizer, WindowSettings())
+        lengths = np.asarray(features["length"])
 
         def in_batches(order) -> list[np.ndarray]:
-            return [
-                np.asarray(order[first : first + args.batch_size]) for first in range(0, len(order), args.batch_size)
-            ]
+            return np.split(np.asarray(order), range(args.batch_size, len(order), args.batch_size))
 
         shuffled = np.random.default_rng(0).permutation(len(lengths))
         generator = torch.Generator().manual_seed(0)
@@ -330,13 +283,8 @@ def measure_training(args: argparse.Namespace) -> Iterator[dict]:
 
         hidden, layers, heads = MODEL_SHAPES[args.size]
         torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * hidden,
-        )
+        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+        config = BertConfig(vocab_size=len(tokenizer), intermediate_size=4 * hidden, **shape)
         model = BertForQuestionAnswering(config).to(DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, fused=True)
 
@@ -353,23 +301,17 @@ def measure_training(args: argparse.Namespace) -> Iterator[dict]:
                 optimizer.zero_grad()
 
         steps = {way: functools.partial(run_round, *parts) for way, parts in ways.items()}
-        seconds = alternate(steps, args.repeats, untimed=1)
+        seconds = alternate(steps, args.repeats)
 
     for way, (_, batches) in ways.items():
+        widths = [384 if way == "padded to 384" else int(lengths[batch].max()) for batch in batches]
+        tokens = sum(len(batch) * width for batch, width in zip(batches, widths, strict=True))
         yield {
             "what": f"{way}, BERT-{args.size}",
             "windows/s": args.batches * args.batch_size / seconds[way],
             "ratio": seconds["padded to 384"] / seconds[way],
-            "padding": padding_share(lengths, batches, 384 if way == "padded to 384" else None),
+            "padding": 1 - int(lengths.sum()) / tokens,
         }
-    by_length = in_batches(np.argsort(-eval_lengths, kind="stable"))
-    yield {"what": "ours, evaluation", "padding": padding_share(eval_lengths, by_length, None)}
-
-
-def padding_share(lengths, batches: list, longest: int | None) -> float:
-    """The share of tokens that are padding where each batch is as wide as its longest window, or `longest`."""
-    tokens = sum(len(batch) * (longest or int(lengths[batch].max())) for batch in batches)
-    return 1 - int(lengths.sum()) / tokens
 
 
 # ---- Long documents and large sets ----
@@ -377,30 +319,31 @@ def padding_share(lengths, batches: list, longest: int | None) -> float:
 
 def measure_scale(args: argparse.Namespace) -> Iterator[dict]:
     """A row for each stage and size, and in the way of run_qa.py for the smallest: seconds, those of one core alone,
-    and peak memory. Each size, and the way of run_qa.py, has a process of its own.
+    and peak memory.
     """
     for contracts in sorted(args.contracts):
+        ways = [answer_contracts, answer_contracts_as_run_qa][: 2 if contracts == min(args.contracts) else 1]
         with tempfile.TemporaryDirectory() as folder:
             rng = np.random.default_rng(0)
             draw = write_language(folder, rng)
             lengths = np.full(contracts, CONTRACT_WORDS)
             write_questions(folder, "contracts", rng, draw, lengths, contracts * CONTRACT_QUESTIONS, num_golds=1)
-            stages = in_own_process(answer_contracts, folder)
-            if contracts == min(args.contracts):
-                stages |= in_own_process(answer_contracts_as_run_qa, folder)
-        for what, measured in stages.items():
-            windows = measured.pop("windows")
-            rate = windows / measured["cpu_s"]
-            yield {"what": f"{what}, {contracts} contracts", "windows": windows, **measured, "windows/cpu_s": rate}
+            # Each in a process of its own, whose memory nothing else has grown.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as executor:
+                results = [executor.submit(way, folder).result() for way in ways]
+        for windows, stages in results:
+            for what, measured in stages.items():
+                rate = windows / measured["cpu_s"]
+                yield {"what": f"{what}, {contracts} contracts", "windows": windows, **measured, "windows/cpu_s": rate}
 
 
-def answer_contracts(folder: str) -> dict[str, dict]:
-    """What each stage takes: reading, features, evaluation, post-processing."""
-    tokenizer, windows = open_on_one_core(folder)
+def answer_contracts(folder: str) -> tuple[int, dict[str, dict]]:
+    """(number of windows, what each stage takes)."""
+    tokenizer, windows, model = open_on_one_core(folder)
     examples, reading = measure(lambda: read(folder, "contracts"))
     features, making = measure(lambda: make_features(examples, tokenizer, windows))
     trainer = QuestionAnsweringTrainer(
-        model=make_tiny_bert(len(tokenizer)),
+        model=model,
         args=QATrainingArguments(folder, per_device_eval_batch_size=SCALE_BATCH, disable_tqdm=True),
         data_collator=QADataCollator(tokenizer),
         processing_class=tokenizer,
@@ -408,18 +351,18 @@ def answer_contracts(folder: str) -> dict[str, dict]:
     (search, _), evaluation = measure(lambda: trainer.find_answers(features, examples, "eval"))
     _, post_processing = measure(lambda: write_predictions(search.predictions(), folder, "eval"))
     stages = {"reading": reading, "features": making, "evaluation": evaluation, "post-processing": post_processing}
-    return {what: {"windows": len(features), **measured} for what, measured in stages.items()}
+    return len(features), stages
 
 
-def answer_contracts_as_run_qa(folder: str) -> dict[str, dict]:
+def answer_contracts_as_run_qa(folder: str) -> tuple[int, dict[str, dict]]:
     """All in the way of run_qa.py: windows, the Trainer's own evaluation, which keeps all logits, and answers."""
-    tokenizer, windows = open_on_one_core(folder)
+    tokenizer, windows, model = open_on_one_core(folder)
     examples = read(folder, "contracts")
     windows = dataclasses.replace(windows, doc_stride=40)  # there the overlap, which makes about as many windows
     features, making = measure(lambda: peer_run_qa.make_features(examples, tokenizer, windows))
     arguments = {"per_device_eval_batch_size": SCALE_BATCH, "disable_tqdm": True, "report_to": "none"}
     trainer = Trainer(
-        model=make_tiny_bert(len(tokenizer)),
+        model=model,
         args=TrainingArguments(folder, use_cpu=DEVICE == "cpu", **arguments),
         data_collator=default_data_collator,
         processing_class=tokenizer,
@@ -427,8 +370,7 @@ def answer_contracts_as_run_qa(folder: str) -> dict[str, dict]:
     inputs = features.remove_columns(["example_id", "offset_mapping"])
     output, evaluation = measure(lambda: trainer.predict(inputs))
     _, answering = measure(lambda: peer_run_qa.write_answers(examples, features, output.predictions, folder))
-    stages = {"run_qa features": making, "run_qa evaluation": evaluation, "run_qa answers": answering}
-    return {what: {"windows": len(features), **measured} for what, measured in stages.items()}
+    return len(features), {"run_qa features": making, "run_qa evaluation": evaluation, "run_qa answers": answering}
 
 
 def open_on_one_core(folder: str) -> tuple:
@@ -437,14 +379,10 @@ def open_on_one_core(folder: str) -> tuple:
     torch.set_num_threads(1)
     tokenizer = open_tokenizer(folder)
     tokenizer("a", "a")  # what it makes at its first call
-    return tokenizer, WindowSettings(128, 64)
-
-
-def make_tiny_bert(vocab_size: int):
-
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
-    return BertForQuestionAnswering(BertConfig(vocab_size=vocab_size, **shape))
+    model = BertForQuestionAnswering(BertConfig(vocab_size=len(tokenizer), **shape))
+    return tokenizer, WindowSettings(128, 64), model
 
 
 # ---- Text of SQuAD's shape ----
@@ -457,11 +395,11 @@ def write_squad_shaped(folder: str, share: float) -> None:
     """
     rng = np.random.default_rng(0)
     draw = write_language(folder, rng)
-    for split, questions_of_split in SQUAD_QUESTIONS.items():
+    for split, (questions_of_split, per_paragraph, num_golds) in SQUAD.items():
         num_questions = max(1, round(questions_of_split * share))
-        num_contexts = max(1, round(num_questions / QUESTIONS_PER_PARAGRAPH[split]))
+        num_contexts = max(1, round(num_questions / per_paragraph))
         lengths = np.clip(rng.lognormal(4.63, 0.42, num_contexts), 20, 650).astype(int)
-        write_questions(folder, split, rng, draw, lengths, num_questions, GOLD_ANSWERS[split])
+        write_questions(folder, split, rng, draw, lengths, num_questions, num_golds)
 
 
 def write_questions(folder: str, name: str, rng, draw, lengths: np.ndarray, num_questions: int, num_golds: int) -> None:
@@ -514,31 +452,29 @@ def write_language(folder: str, rng) -> Callable[[np.ndarray], list[list[str]]]:
 
 
 def open_tokenizer(folder: str):
-
     vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
     return BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)})
 
 
 def read(folder: str, name: str):
-
     return read_squad_file(str(Path(folder, f"{name}.json")), folder)
 
 
 # ---- Time and memory ----
 
 
-def alternate(steps: dict[str, Callable], repeats: int, untimed: int = 0) -> dict[str, float]:
-    """The median seconds of each step. One round calls each once, so that whatever else the machine does hits all."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def alternate(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each step, after an untimed round. A round calls each once: what the machine does hits all."""
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     times = {key: [] for key in steps}
-    for _ in range(untimed + repeats):
+    for _ in range(1 + repeats):
         for key, step in steps.items():
             synchronize()
             start = time.perf_counter()
             step()
             synchronize()
             times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(each[untimed:]) for key, each in times.items()}
+    return {key: statistics.median(each[1:]) for key, each in times.items()}
 
 
 def peak_of_tensors(step: Callable) -> int:
@@ -559,37 +495,28 @@ def peak_of_tensors(step: Callable) -> int:
 
 
 def measure(call: Callable) -> tuple[object, dict[str, float]]:
-    """(what `call` returns, its seconds, those of the processor alone, and the process's peak memory in bytes).
+    """(what `call` returns, its seconds, those of the processor alone, and the process's peak memory).
 
-    Memory is of two kinds: what is no file's (peak), and the mapped pages of files, which the kernel takes back when it
-    needs room. Read from Linux's /proc.
+    Memory is of two kinds: what is no file's, and the mapped pages of files, which the kernel takes back when it needs
+    room.
     """
-    peaks, done = {"peak_mb": 0, "mapped_mb": 0}, threading.Event()
+    peaks, done = {"peak_mb": 0.0, "mapped_mb": 0.0}, threading.Event()
 
     def watch() -> None:
-        last = False
-        while not last:
-            last = done.wait(0.02)
+        while not done.is_set():
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             for key, name in (("peak_mb", "RssAnon"), ("mapped_mb", "RssFile")):
                 peaks[key] = max(peaks[key], 1024 * int(status[name].split()[0]) / 1e6)
+            done.wait(0.02)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start, cpu_start = time.perf_counter(), time.process_time()
-    try:
-        result = call()
-        spent = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
-    finally:
-        done.set()
-        watcher.join()
+    result = call()
+    spent = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
+    done.set()
+    watcher.join()
     return result, spent | peaks
-
-
-def in_own_process(function: Callable, *args):
-    """What it returns, from a new process, whose memory nothing else has grown."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *args).result()
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ The files are read, their answers aligned and their windows cut as run_squad.py 
 import argparse
 import json
 import logging
-import math
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,7 +32,6 @@ from qa.windows import WindowSettings, data_limits, make_features  # noqa: E402
 from utils_qa import AnswerSettings  # noqa: E402
 
 IDS_SHOWN = 5
-BAR = 40  # characters of the longest one
 TEXTS_PER_BATCH = 1000
 # Facts that count questions and name the first of them, and what is said of each.
 NAMED = {
@@ -42,13 +39,12 @@ NAMED = {
     "repaired": "answers were not at their answer_start and are repaired",
     "left_out": "answers are nowhere, or cannot be told apart: left out",
     "asked_in_validation": "questions are asked of the same context in the validation file",
-    "ids_in_validation": "ids stand in the validation file too",
 }
 EPILOG = """
 With --json each file gives one line, an object: file, layout, questions, contexts, without_answer; without_id,
-repaired, left_out and, with --validation_file, asked_in_validation and ids_in_validation {count, first_ids} and
-contexts_in_validation; flag_warning; context_tokens and question_tokens {mean, max, histogram: [[from, to, n]]};
-windows {count, per_question, most_per_question}; limits, a list of lines. What there is not is null.
+repaired, left_out and, with --validation_file, asked_in_validation {count, first_ids}; flag_warning; context_tokens
+and question_tokens {mean, median, 90%, 99%, max}; windows {count, per_question, most_per_question}; limits, a list of
+lines. What there is not is null.
 """
 
 
@@ -115,11 +111,9 @@ def facts_of(file: str, examples, validation, tokenizer, windows: WindowSettings
         facts["windows"] = {"count": len(features), **per_question}
         facts["limits"] = data_limits(features, args.max_answer_length, args.max_query_length)
     if validation is not None:
-        asked, asked_there, ids_there = asked_of(examples), set(asked_of(validation)), set(validation["id"])
-        of_both = [id_ for id_, pair in zip(examples["id"], asked, strict=True) if pair in asked_there]
+        asked_there = set(asked_of(validation))
+        of_both = [id_ for id_, pair in zip(examples["id"], asked_of(examples), strict=True) if pair in asked_there]
         facts["asked_in_validation"] = named(of_both)
-        facts["ids_in_validation"] = named([id_ for id_ in examples["id"] if id_ in ids_there])
-        facts["contexts_in_validation"] = len(set(contexts) & {context for context, _ in asked_there})
     return facts
 
 
@@ -128,16 +122,13 @@ def named(ids: list[str]) -> dict:
 
 
 def lengths(texts: list[str], tokenizer) -> dict:
-    """{mean, max, histogram} of tokens. The histogram's ranges [from, to, count] include both and double in width."""
+    """Of their tokens."""
     counts = []
     for first in range(0, len(texts), TEXTS_PER_BATCH):
         encodings = tokenizer(texts[first : first + TEXTS_PER_BATCH], add_special_tokens=False, verbose=False)
         counts += [len(ids) for ids in encodings["input_ids"]]
-    # Range 0 is 0 to 15 tokens, range 1 is 16 to 31, range 2 is 32 to 63.
-    bins = Counter(max(count.bit_length() - 4, 0) for count in counts)
-    edges = [0, *(2 ** (4 + number) for number in range(max(bins) + 1))]
-    histogram = [[edges[number], edges[number + 1] - 1, bins[number]] for number in range(min(bins), max(bins) + 1)]
-    return {"mean": round(sum(counts) / len(counts), 1), "max": max(counts), "histogram": histogram}
+    shares = np.quantile(counts, (0.5, 0.9, 0.99, 1), method="higher").tolist()
+    return {"mean": round(float(np.mean(counts)), 1)} | dict(zip(("median", "90%", "99%", "max"), shares, strict=True))
 
 
 def asked_of(examples) -> list[tuple[str, str]]:
@@ -158,18 +149,12 @@ def show(facts: dict, windows: WindowSettings) -> str:
         if (questions := facts.get(name)) and questions["count"]:
             more = ["..."] if questions["count"] > IDS_SHOWN else []
             lines.append(f"  ! {questions['count']} {what}: {', '.join([*questions['first_ids'], *more])}")
-    if facts.get("contexts_in_validation"):
-        lines.append(f"  ! {facts['contexts_in_validation']} contexts stand in the validation file too")
     for name in ("context_tokens", "question_tokens"):
-        tokens = facts[name]
-        highest = max(count for *_, count in tokens["histogram"])
-        lines += ["", f"  {name.replace('_', ' ')}: {tokens['mean']} on average, {tokens['max']} at most"]
-        for low, high, count in tokens["histogram"]:
-            lines.append(f"  {f'{low}-{high}':>13} {'█' * math.ceil(BAR * count / highest)} {count}")
+        lines.append(f"  {name.replace('_', ' ')}: {', '.join(f'{what} {n}' for what, n in facts[name].items())}")
     cut = f"windows of at most {windows.max_seq_length} tokens, --doc_stride {windows.doc_stride}"
     if found := facts["windows"]:
         cut += f": {found['per_question']} a question, {found['most_per_question']} at most"
-    lines += ["", f"  {found['count'] if found else 0} {cut}", *(f"  ! {line}" for line in facts["limits"] or [])]
+    lines += [f"  {found['count'] if found else 0} {cut}", *(f"  ! {line}" for line in facts["limits"] or [])]
     return "".join(f"{printable(line)}\n" for line in lines)
 
 

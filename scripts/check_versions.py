@@ -1,12 +1,10 @@
 """Does a saved model with relative positions load, answer and train alike in every transformers 5? A line for each.
 
-python scripts/check_versions.py [--versions 5.0.0 5.24.0] [--environments DIR]
+python scripts/check_versions.py [--versions 5.0.0 5.24.0]
 
-Saves small models with the transformers that runs it, and loads them in each version: the code beside the weights must
-give the same logits, loss and gradients, eager and sdpa, with gradient checkpointing, and after saving and loading
-again; also from a file with the names and the further weights of Google's checkpoints, and with resized positions.
-transformers 4 loads them without that code. Each version gets an environment of its own, with all but transformers and
-what that needs from the one that runs this. Exit status 1 if any line is not ok.
+Saves small models, and loads them in each version, which gets an environment of its own with all other packages from
+the one that runs this: the code beside the weights (transformers 4 needs none) must give the same logits, loss and
+gradients. Exit status 1 if any line is not ok.
 """
 
 import argparse
@@ -31,13 +29,14 @@ VERSIONS = (  # of each minor one or more
     "5.17.0 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0 4.57.6"
 ).split()
 TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "paris")
+SIZES = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+SIZES |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 TOLERANCE = 1e-4  # of the norm of the logits, the loss or a gradient
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=VERSIONS, metavar="VERSION", help="(those of each minor)")
-    parser.add_argument("--environments", type=Path, metavar="DIR", help="folder that keeps the environments (none)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="check what was saved in DIR, with this Python only")
     args = parser.parse_args(argv)
     if args.folder:
@@ -47,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "saved")
         save_models(folder)
-        environments = (args.environments or Path(temporary, "environments")).resolve()
-        return 0 if all([check_version(version, environments, folder) for version in args.versions]) else 1
+        return 0 if all([check_version(version, Path(temporary), folder) for version in args.versions]) else 1
 
 
 def check_version(version: str, environments: Path, folder: Path) -> bool:
@@ -56,33 +54,26 @@ def check_version(version: str, environments: Path, folder: Path) -> bool:
     try:
         report = run_check(environment_python(environments, version), folder)
     except subprocess.CalledProcessError as error:
-        report = {"transformers": version, "failures": [last_line(error.stderr)]}
+        report = {"transformers": version, "failures": error.stderr.strip().splitlines()[-1:] or ["ended"]}
     if report["transformers"] != version:
         report["failures"].append(f"the environment has transformers {report['transformers']}")
-    if report["failures"]:
-        print(f"{version:<8} FAILED  " + "; ".join(report["failures"]), flush=True)
-        return False
     how = "without" if version.startswith("4.") else "with"
-    print(f"{version:<8} ok      {how} trust_remote_code, logits differ by {report['difference']:.0e}", flush=True)
-    return True
+    says = "FAILED  " + "; ".join(report["failures"])
+    if not report["failures"]:
+        says = f"ok      {how} trust_remote_code, logits differ by {report['difference']:.0e}"
+    print(f"{version:<8} {says}", flush=True)
+    return not report["failures"]
 
 
 def environment_python(environments: Path, version: str) -> str:
-    """The Python of an environment with that transformers, made if `environments` has none.
-
-    All other packages come from the environment that runs this, which stays as it is: its folder follows on the path.
-    """
-    environment = environments / f"python{sys.version_info.major}.{sys.version_info.minor}-transformers-{version}"
+    """The Python of a new environment with that transformers."""
+    environment = environments / version
+    venv.create(environment)
     paths = sysconfig.get_paths("venv", {"base": str(environment)})
     python = str(Path(paths["scripts"], "python"))
-    complete = environment / "complete"
-    if not complete.exists():
-        shutil.rmtree(environment, ignore_errors=True)
-        venv.create(environment)
-        here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        Path(paths["purelib"], "from_the_one_that_runs_this.pth").write_text("\n".join(here) + "\n")
-        output_of([sys.executable, "-m", "pip", "--python", python, "install", "-q", f"transformers=={version}"])
-        complete.touch()
+    here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    Path(paths["purelib"], "from_the_one_that_runs_this.pth").write_text("\n".join(here) + "\n")
+    output_of([sys.executable, "-m", "pip", "--python", python, "install", "-q", f"transformers=={version}"])
     return python
 
 
@@ -92,19 +83,15 @@ def run_check(python: str, folder: Path) -> dict:
     with tempfile.TemporaryDirectory() as modules:  # where transformers copies the code to
         environment |= {"HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
         command = [python, str(Path(__file__).resolve()), "--folder", str(folder)]
-        return json.loads(last_line(output_of(command, env=environment, cwd=modules)))
+        return json.loads(output_of(command, env=environment, cwd=modules).splitlines()[-1])
 
 
 def output_of(command: list[str], **settings) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, **settings).stdout
 
 
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["ended without a word"])[-1]
-
-
 def save_models(folder: Path) -> None:
-    """Saves a model of each relative type, one with positions resized from 16 to 40, one as Google names weights."""
+    """A model of each relative type, one with positions resized from 16 to 40, one as Google names weights."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from qa.load_model import rename_extra_special_tokens, resize_position_embeddings
     from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
@@ -113,11 +100,9 @@ def save_models(folder: Path) -> None:
     tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(TOKENS)})
     tokenizer.add_special_tokens({"extra_special_tokens": ["[extra]"]})
     for name, positions in (("relative_key", 40), ("relative_key_query", 40), ("relative_key_query resized", 16)):
-        sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-        dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         settings = dict(max_position_embeddings=positions, position_embedding_type=name.split()[0])
         torch.manual_seed(0)
-        model = RelativeBertForQuestionAnswering(BertConfig(**sizes, **dropout, **settings))
+        model = RelativeBertForQuestionAnswering(BertConfig(**SIZES, **settings))
         for key, parameter in model.named_parameters():  # weights so large that every one of them counts
             mean = 1.0 if key.endswith("LayerNorm.weight") else 0.0
             torch.nn.init.normal_(parameter, mean, std=1.0 if "embedding" in key else 0.3)
@@ -128,19 +113,18 @@ def save_models(folder: Path) -> None:
         save_file(results(model), folder / name / "expected.safetensors")
 
     googles = shutil.copytree(folder / "relative_key_query", folder / "relative_key_query as Google names weights")
-    weights = {googles_name(name): weight for name, weight in load_file(googles / "model.safetensors").items()}
+    weights = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): weight
+        for name, weight in load_file(googles / "model.safetensors").items()
+    }
     weights["bert.embeddings.position_ids"] = torch.arange(40)[None]
     weights["bert.pooler.dense.weight"] = torch.zeros(32, 32)
     weights["cls.predictions.transform.LayerNorm.gamma"] = torch.ones(32)
     save_file(weights, googles / "model.safetensors", metadata={"format": "pt"})
 
 
-def googles_name(name: str) -> str:
-    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-
-
 def check_folder(folder: Path) -> dict:
-    """The checks of all that `save_models` has saved, in the environment that runs this; failures are in words."""
+    """The checks of all that `save_models` has saved; failures are in words."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     report = {"transformers": transformers.__version__, "failures": [], "difference": 0.0}
@@ -148,8 +132,8 @@ def check_folder(folder: Path) -> dict:
         try:
             report["difference"] = max(report["difference"], check_model(saved, attention))
         except Exception as error:
-            words = " ".join(str(error).split())
-            report["failures"].append(f"{saved.name}, {attention}: {type(error).__name__}: {words}")
+            words = " ".join(f"{saved.name}, {attention}: {type(error).__name__}: {error}".split())
+            report["failures"].append(words)
     return report
 
 
@@ -173,13 +157,11 @@ def check_model(saved: Path, attention: str) -> float:
         check(not names, f"saves weights under other names: {sorted(names)}")
         model_again = AutoModelForQuestionAnswering.from_pretrained(again, **settings)
     compare(results(model_again), expected, "saved and loaded again")
-
     for reentrant in (False, True):
         model_again.gradient_checkpointing_enable({"use_reentrant": reentrant})
         on = any(getattr(module, "gradient_checkpointing", False) for module in model_again.modules())
         check(on, "gradient checkpointing stays off")
         compare(results(model_again), expected, f"gradient checkpointing, use_reentrant {reentrant}")
-
     if attention == "eager":
         outputs = model.eval()(**small_batch(), output_attentions=True, output_hidden_states=True)
         shapes = [tuple(each.shape) for each in (*outputs.attentions, *outputs.hidden_states)]

@@ -1,11 +1,4 @@
-"""The tables and the pictures of compare_positions.sh.
-
-    python scripts/compare_positions.py OUTPUT_DIR SEED ... [--times TIMES ...]
-
-reads OUTPUT_DIR/seed-SEED/{absolute,relative_key,relative_key_query}, prints the table and writes f1_over_steps.png;
-with --times, of the texts that are so many times as long as a window of training, another table and
-f1_over_length.png.
-"""
+"""The tables and the pictures of compare_positions.sh, from OUTPUT_DIR/seed-SEED/{absolute,relative_key,...}."""
 
 import argparse
 import json
@@ -14,21 +7,14 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-try:
-    import matplotlib
-except ImportError:
-    print("compare_positions.py: error: matplotlib is missing: python -m pip install matplotlib", file=sys.stderr)
-    sys.exit(2)
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 POSITION_TYPES = {"absolute": "#7a7f87", "relative_key": "#e08a1e", "relative_key_query": "#2456b8"}  # their colours
 WAYS = {"windows": "many short windows", "one_window": "one long window"}  # of reading a text, by folder
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="compare_positions.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="compare_positions.py", description=__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("seeds", nargs="+", metavar="SEED")
     parser.add_argument("--times", nargs="+", type=int, default=[], help="the longer texts, in windows of training")
@@ -83,55 +69,55 @@ def read_longer_texts(seeds: list[Path], times: list[int]) -> dict[tuple[str, st
 
 def table(seeds: list[Path]) -> str:
     """Mean and sample standard deviation over seeds of f1 and exact, and the lowest and highest f1."""
-    steps, lines = [], []
+    steps, rows = [], []
     for position_type in POSITION_TYPES:
         results = [read_json(seed / position_type, "eval_results.json") for seed in seeds]
         # Each seed has paragraphs of its own, and so a few steps more or less.
         steps.append([read_json(seed / position_type, "trainer_state.json")["global_step"] for seed in seeds])
         f1, exact = ([result[name] for result in results] for name in ("eval_f1", "eval_exact"))
         spread = f"{statistics.stdev(f1):.2f}" if len(f1) > 1 else "-"
-        means = f"{statistics.mean(f1):.2f} | {spread} | {min(f1):.2f} | {max(f1):.2f} | {statistics.mean(exact):.2f}"
-        lines.append(f"| {position_type} | {means} |")
+        figures = [f"{figure:.2f}" for figure in (min(f1), max(f1), statistics.mean(exact))]
+        rows.append([position_type, f"{statistics.mean(f1):.2f}", spread, *figures])
     if steps != [steps[0]] * len(steps):
         fail(f"the runs have {steps} steps, by position type and seed: not one budget")
-    lines[:0] = ["| positions | f1 mean | f1 sd | f1 lowest | f1 highest | exact mean |", "|---|---|---|---|---|---|"]
+    heads = ["positions", "f1 mean", "f1 sd", "f1 lowest", "f1 highest", "exact mean"]
     ends = " to ".join(map(str, sorted({min(steps[0]), max(steps[0])})))
-    return "\n".join([f"{len(seeds)} seed(s), {ends} steps", "", *lines])
+    return f"{len(seeds)} seed(s), {ends} steps\n\n{markdown(heads, rows)}"
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
 
 def table_of_longer_texts(longer: dict[tuple[str, str], list[dict[int, float]]], times: list[int]) -> str:
     """Mean and sample standard deviation over seeds of f1, by length of the texts."""
-    lines = [f"| positions | read in | {' | '.join(f'x{n}' for n in times)} |", f"|---|---|{'---|' * len(times)}"]
+    rows = []
     for (position_type, way), of_seeds in longer.items():
         cells = []
         for n in times:
             f1 = [curve[n] for curve in of_seeds if n in curve]
             cells.append(f"{statistics.mean(f1):.1f}" if f1 else "cannot")
             cells[-1] += f" ± {statistics.stdev(f1):.1f}" if len(f1) > 1 else ""
-        lines.append(f"| {position_type} | {WAYS[way]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([position_type, WAYS[way], *cells])
+    return markdown(["positions", "read in", *(f"x{n}" for n in times)], rows)
 
 
 def draw(curves: dict[str, list[dict[int, float]]], path: Path, **axis) -> None:
     """A thin line for each seed, a thick one for their mean, dashed for one long window. `axis`: of the x axis."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for label, of_seeds in curves.items():
-        style = {
-            "color": POSITION_TYPES[label.split(",")[0]],
-            "linestyle": "--" if WAYS["one_window"] in label else "-",
-        }
+        color, line = POSITION_TYPES[label.split(",")[0]], "--" if WAYS["one_window"] in label else "-"
         for curve in of_seeds:
-            axes.plot(list(curve), list(curve.values()), linewidth=0.8, alpha=0.5, **style)
+            axes.plot(list(curve), list(curve.values()), line, linewidth=0.8, alpha=0.5, color=color)
         common = sorted(set.intersection(*map(set, of_seeds)))
         means = [statistics.mean(curve[x] for curve in of_seeds) for x in common]
-        axes.plot(common, means, linewidth=2.2, marker=".", label=label, **style)
+        axes.plot(common, means, line, linewidth=2.2, marker=".", label=label, color=color)
     axes.set(ylabel="f1 on questions that were not trained on", ylim=(0, 101), **axis)
     if "xticks" in axis:
         axes.set_xticks(axis["xticks"], [f"x{n}" for n in axis["xticks"]])
         axes.minorticks_off()
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend()
     figure.savefig(path, dpi=150)
     print(f"\n{path.stem.replace('_', ' ')}: {path}")
 

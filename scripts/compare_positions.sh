@@ -16,7 +16,6 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     output_dir="$1"
     shift
 fi
-PYTHONPATH="$root/scripts:${PYTHONPATH:-}" python -c "import compare_positions" # is matplotlib there?
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 fail() {
@@ -24,6 +23,7 @@ fail() {
     exit 2
 }
 
+python -c "import matplotlib" 2>/dev/null || fail "matplotlib is missing: python -m pip install matplotlib"
 window=48 # tokens; the models have positions for no more
 times="${TIMES-1 2 4 8 16}"
 for factor in $times; do

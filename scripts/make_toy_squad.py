@@ -3,21 +3,14 @@
 Usage: python scripts/make_toy_squad.py toy_squad [--seed 0]
 
 A paragraph tells the same two or three kinds of fact about several people, so that every answer has distractors of its
-own kind and only the question says which one is meant. Few names and short sentences let a model find that out soon.
+own kind and only the question says which one is meant:
 
     Clara married Ivan. Hugo studied law. Clara studied music. Hugo married Nina.
     What did Clara study?  ->  music
 
-The folder then holds
-
-    train.json, validation.json, test.json            SQuAD 1.1; the test file has no answers
-    train_v2.json, validation_v2.json, test_v2.json   the same paragraphs with questions without an answer added
-    validation_48.json, validation_96.json, ...       with --validation_lengths 48 96 ...: longer texts
-    absolute/, relative_key/, relative_key_query/     an untrained tiny BERT of each position type, with tokenizer
-
-A longer text fills a window of that length with its question. It tells of more people, and more kinds of fact; each
-question has one answer, and the answer's text is nowhere else. No paragraph is in two splits. The same seed gives the
-same bytes.
+The folder then holds {train,validation,test}.json as SQuAD 1.1, the same paragraphs with unanswerable questions added
+in *_v2.json, and an untrained BERT with tokenizer in absolute/, relative_key/ and relative_key_query/. The test files
+have no answers. No paragraph is in two splits. The same seed gives the same bytes.
 """
 
 import argparse
@@ -77,28 +70,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train_paragraphs", type=at_least(1), default=10_000, help="about 7 questions each")
-    parser.add_argument(
-        "--validation_lengths",
-        type=at_least(SHORTEST_LENGTH),
-        nargs="+",
-        default=[],
-        metavar="TOKENS",
-        help="for each also a file of longer texts, which fill a window of so many tokens with their questions",
-    )
+    parser.add_argument("--train_paragraphs", type=int, default=10_000, help="about 7 questions each")
+    longer = "for each also a file of longer texts, which fill a window of so many tokens with their questions"
+    parser.add_argument("--validation_lengths", type=int, nargs="+", default=[], metavar="TOKENS", help=longer)
     positions = "of the models (%(default)s): their longest window"
-    parser.add_argument("--max_position_embeddings", type=at_least(1), default=512, help=positions)
+    parser.add_argument("--max_position_embeddings", type=int, default=512, help=positions)
     args = parser.parse_args(argv)
+    if args.train_paragraphs < 1 or min(args.validation_lengths, default=SHORTEST_LENGTH) < SHORTEST_LENGTH:
+        parser.error(f"--train_paragraphs must be at least 1, --validation_lengths at least {SHORTEST_LENGTH}")
     transformers.logging.disable_progress_bar()
 
     splits = make_splits(random.Random(args.seed), {**HELD_OUT_PARAGRAPHS, "train": args.train_paragraphs})
     tokenizer = train_tokenizer(splits["train"])
     for length in args.validation_lengths:
         rng, name = random.Random(f"{args.seed} {length}"), f"validation_{length}"
-        paragraphs = make_long_paragraphs(rng, length, tokenizer)
-        if not paragraphs:
-            parser.error(f"--train_paragraphs {args.train_paragraphs}: too few to learn whole words from")
-        splits[name] = make_articles(name, paragraphs)
+        splits[name] = make_articles(name, make_long_paragraphs(rng, length, tokenizer))
     for name, articles in splits.items():
         write_text(args.output_dir / f"{name}.json", [json.dumps({"version": "toy", "data": articles})])
     for position_embedding_type in POSITION_EMBEDDING_TYPES:
@@ -106,15 +92,6 @@ def main(argv=None):
         model = untrained_model(position_embedding_type, len(tokenizer), args.max_position_embeddings)
         model.save_pretrained(args.output_dir / position_embedding_type)
         tokenizer.save_pretrained(args.output_dir / position_embedding_type)
-
-
-def at_least(lowest):
-    def number(text):
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is less than {lowest}")
-        return int(text)
-
-    return number
 
 
 # ---- Paragraphs ----
@@ -139,11 +116,9 @@ def make_splits(rng, num_paragraphs):
 
 def make_articles(split, paragraphs):
     """In SQuAD's layout; without answers where the split is the test's."""
-    if split == "test":
-        paragraphs = [
-            {**paragraph, "qas": [{"id": qa["id"], "question": qa["question"]} for qa in paragraph["qas"]]}
-            for paragraph in paragraphs
-        ]
+    for qa in (qa for paragraph in paragraphs for qa in paragraph["qas"] if split == "test"):
+        del qa["answers"]
+        qa.pop("is_impossible", None)
     parts = [paragraphs[i : i + PARAGRAPHS_PER_ARTICLE] for i in range(0, len(paragraphs), PARAGRAPHS_PER_ARTICLE)]
     return [{"title": f"{split} {number}", "paragraphs": part} for number, part in enumerate(parts)]
 
@@ -162,10 +137,9 @@ def make_paragraph(rng, paragraph_id):
     paragraph = tell(facts, facts, paragraph_id)
 
     untold_kind = rng.choice([kind for kind in sorted(FACTS) if kind not in kinds])
-    unanswerable = [(stranger, rng.choice(kinds)), (rng.choice(people), untold_kind)]
     no_answer_qas = []
-    for number, (person, kind) in enumerate(unanswerable):
-        qa = {"id": f"{paragraph_id}-none-{number}", "question": FACTS[kind][1].format(person=person)}
+    for person, kind in ((stranger, rng.choice(kinds)), (rng.choice(people), untold_kind)):
+        qa = {"id": f"{paragraph_id}-none-{len(no_answer_qas)}", "question": FACTS[kind][1].format(person=person)}
         no_answer_qas.append({**qa, "answers": [], "is_impossible": True})
     return paragraph, no_answer_qas
 
@@ -189,7 +163,7 @@ def tell(facts, asked, paragraph_id):
 
 
 def make_long_paragraphs(rng, length, tokenizer):
-    """Paragraphs that fill a window of `length` tokens with any of their questions; none where no facts fit in."""
+    """Paragraphs that fill a window of `length` tokens with any of their questions."""
 
     def count_tokens(text):
         return len(tokenizer.tokenize(text))
@@ -199,8 +173,6 @@ def make_long_paragraphs(rng, length, tokenizer):
     paragraphs, asked = [], 0
     while asked < QUESTIONS_PER_LENGTH:
         paragraph = make_long_paragraph(rng, f"validation_{length}-{len(paragraphs)}", room, count_tokens)
-        if paragraph is None:
-            return []
         if paragraph["qas"]:  # words in pieces may leave no room for what is asked
             paragraphs.append(paragraph)
             asked += len(paragraph["qas"])
@@ -208,11 +180,8 @@ def make_long_paragraphs(rng, length, tokenizer):
 
 
 def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
-    """A paragraph of `num_tokens` tokens, or a few less, with one question on each kind of fact in it.
-
-    None where words are in so many pieces that they have no room for one person's facts.
-    Where all of the facts are told, those that no question asks about go on: people visit further cities and buy
-    further things. So every word stands where training knows it.
+    """A paragraph of `num_tokens` tokens, or a few less, with one question on each kind of fact in it, whose answer
+    stands nowhere else. When all facts are told, people go on to visit further cities and to buy further things.
     """
 
     def tokens_of(person, kind, answer):
@@ -223,7 +192,7 @@ def make_long_paragraph(rng, paragraph_id, num_tokens, count_tokens):
     tokens_per_person = sum(tokens_of(PEOPLE[0], kind, FACTS[kind][2][0]) for kind in kinds)
     whole = min(num_tokens // tokens_per_person, len(PEOPLE))
     if whole < 1:
-        return None
+        sys.exit("make_toy_squad.py: error: --train_paragraphs are too few to learn whole words from")
     people = rng.sample(PEOPLE, min(whole + 1, len(PEOPLE)))
     golds = {}
     for kind in kinds:
@@ -266,17 +235,15 @@ def train_tokenizer(articles):
 
 
 def untrained_model(position_embedding_type, vocab_size, max_position_embeddings):
+    sizes = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=8, intermediate_size=256)
     config = BertConfig(
         vocab_size=vocab_size,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        intermediate_size=256,
         max_position_embeddings=max_position_embeddings,
+        position_embedding_type=position_embedding_type,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.1,  # about 1 / sqrt(hidden_size); the usual 0.02 is for wider models
-        position_embedding_type=position_embedding_type,
+        **sizes,
     )
     if position_embedding_type == "absolute":
         return BertForQuestionAnswering(config)

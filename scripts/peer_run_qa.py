@@ -30,30 +30,25 @@ def make_train_features(examples, tokenizer, windows):
         sample = encoded.pop("overflow_to_sample_mapping")
         starts, ends = [], []
         for i, offsets in enumerate(encoded.pop("offset_mapping")):
-            no_answer = encoded["input_ids"][i].index(tokenizer.cls_token_id)
             sequence = encoded.sequence_ids(i)
             answers = batch["answers"][sample[i]]
-            if len(answers["answer_start"]) == 0:
-                starts.append(no_answer)
-                ends.append(no_answer)
-                continue
-            start_char = answers["answer_start"][0]
-            end_char = start_char + len(answers["text"][0])
-            first, last = 0, len(sequence) - 1
-            while sequence[first] != 1:
-                first += 1
-            while sequence[last] != 1:
-                last -= 1
-            if offsets[first][0] > start_char or offsets[last][1] < end_char:
-                starts.append(no_answer)
-                ends.append(no_answer)
-                continue
-            while first < len(offsets) and offsets[first][0] <= start_char:
-                first += 1
-            while offsets[last][1] >= end_char:
-                last -= 1
-            starts.append(first - 1)
-            ends.append(last + 1)
+            start = end = encoded["input_ids"][i].index(tokenizer.cls_token_id)
+            if answers["text"]:
+                start_char = answers["answer_start"][0]
+                end_char = start_char + len(answers["text"][0])
+                first, last = 0, len(sequence) - 1
+                while sequence[first] != 1:
+                    first += 1
+                while sequence[last] != 1:
+                    last -= 1
+                if offsets[first][0] <= start_char and offsets[last][1] >= end_char:
+                    while first < len(offsets) and offsets[first][0] <= start_char:
+                        first += 1
+                    while offsets[last][1] >= end_char:
+                        last -= 1
+                    start, end = first - 1, last + 1
+            starts.append(start)
+            ends.append(end)
         encoded["start_positions"], encoded["end_positions"] = starts, ends
         return encoded
 
@@ -94,13 +89,9 @@ def write_answers(examples, features, logits, folder: str, n_best_size: int = 20
                         continue
                     if end < start or end - start + 1 > max_answer_length:
                         continue
-                    span = {
-                        "offsets": (offsets[start][0], offsets[end][1]),
-                        "score": start_logits[start] + end_logits[end],
-                        "start_logit": start_logits[start],
-                        "end_logit": end_logits[end],
-                    }
-                    spans.append(span)
+                    score = start_logits[start] + end_logits[end]
+                    likes = {"score": score, "start_logit": start_logits[start], "end_logit": end_logits[end]}
+                    spans.append({"offsets": (offsets[start][0], offsets[end][1]), **likes})
         best = sorted(spans, key=lambda span: span["score"], reverse=True)[:n_best_size]
         for span in best:
             start, end = span.pop("offsets")
@@ -131,10 +122,7 @@ def score(examples, answers: dict[str, str]) -> dict[str, float]:
         common = sum((Counter(gold_words) & Counter(answer_words)).values())
         if not gold_words or not answer_words:
             return float(gold_words == answer_words)
-        if common == 0:
-            return 0.0
-        precision, recall = common / len(answer_words), common / len(gold_words)
-        return 2 * precision * recall / (precision + recall)
+        return 2 * common / (len(gold_words) + len(answer_words))
 
     exact_scores, f1_scores = [], []
     for example in examples:
@@ -142,5 +130,4 @@ def score(examples, answers: dict[str, str]) -> dict[str, float]:
         answer = answers[example["id"]]
         exact_scores.append(max(int(normalize(gold) == normalize(answer)) for gold in golds))
         f1_scores.append(max(f1(gold, answer) for gold in golds))
-    total = len(examples)
-    return {"exact": 100 * sum(exact_scores) / total, "f1": 100 * sum(f1_scores) / total, "total": total}
+    return {"exact": 100 * np.mean(exact_scores), "f1": 100 * np.mean(f1_scores), "total": len(examples)}

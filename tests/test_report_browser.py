@@ -95,7 +95,7 @@ def test_report_in_a_browser(width, metrics, chromedriver, tmp_path):
     assert browser.evaluate("document.title") == "<b>my run: where it fails"
 
     # Charts can be read: text of at least 10 pixels, none beyond its chart or over another one.
-    assert browser.evaluate("document.querySelectorAll('svg').length") == 4
+    assert browser.evaluate("document.querySelectorAll('svg').length") == 2
     assert browser.evaluate(SMALLEST_TEXT) >= 10
     assert browser.evaluate(TEXTS_OUTSIDE) == []
     assert browser.evaluate(TEXTS_OVERLAPPING) == []
