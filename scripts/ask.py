@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.refuse(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def ask(args: argparse.Namespace) -> None:
@@ -102,9 +105,13 @@ def read_context(file: str | None) -> str:
         content = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
     except OSError as error:
         raise QAError(f"--context_file {file}: cannot be read: {error.strerror}") from error
-    context = content.decode("utf-8-sig")
+    name = file or "standard input"
+    try:
+        context = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise QAError(f"{name}: byte {error.start}: not UTF-8 text") from error
     if not context.strip():
-        raise QAError(f"{file or 'standard input'}: holds no text to ask about")
+        raise QAError(f"{name}: holds no text to ask about")
     return context
 
 
