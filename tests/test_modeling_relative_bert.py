@@ -374,6 +374,7 @@ def test_gradient_checkpointing(position_type, attention, reentrant):
     assert torch.equal(*losses)
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         if one.requires_grad:
+            assert one.grad is not None
             torch.testing.assert_close(one.grad, other.grad)
 
 

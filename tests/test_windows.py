@@ -39,7 +39,9 @@ def datasets_cache(tmp_path, monkeypatch):
 
 
 def golden_examples() -> Dataset:
-    return make_examples(tuple(example.values()) for example in GOLDEN["examples"])
+    """As a selection, of which neither the table nor its order are what is asked for."""
+    stored = make_examples(tuple(example.values()) for example in reversed(GOLDEN["examples"]))
+    return stored.select(range(len(stored) - 1, -1, -1))
 
 
 def golden_tokenizer(tokenizer_class=BertTokenizer):
