@@ -107,6 +107,17 @@ def test_further_answers_stay():
     assert aligned[0]["answers"] == {"text": ["1890", "x"], "answer_start": [14, 3]}
 
 
+def test_drop(caplog):
+    rows = make_examples(MOVED).to_list()
+    rows[0]["answers"]["text"] = [""]
+    with caplog.at_level(logging.WARNING, logger="qa"):
+        kept, changes = align_answers(Dataset.from_list(rows, features=EXAMPLE_FEATURES), "train.json", "drop")
+    assert kept.to_list() == rows[8:]
+    assert [change["id"] for change in changes] == [row["id"] for row in rows[:8]]
+    assert {change["repaired_start"] for change in changes} == {None}
+    assert "train.json: 8 of 9 questions are left out" in caplog.text and "right, off by two, zero" in caplog.text
+
+
 @pytest.mark.parametrize("misplaced", ["repair", "drop", "refuse"])
 def test_good_answers_stay_and_none_left_is_an_error(misplaced, caplog):
     good = make_examples([MOVED[0], MOVED[8]])
