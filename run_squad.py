@@ -22,7 +22,14 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import TrainerState
 
 from qa import checkpoints
-from qa.distributed import exit_process, meet_after_restart, on_main_process, set_up_logging, was_restarted
+from qa.distributed import (
+    exit_process,
+    meet_after_restart,
+    on_main_process,
+    set_up_logging,
+    was_launched,
+    was_restarted,
+)
 from qa.files import QAError, one_line, require_at_least_1, write_text
 from qa.legacy_flags import parse_flags
 from qa.load_model import (
@@ -39,21 +46,14 @@ from qa.model_card import model_card
 from qa.train_questions import MISPLACED_ANSWERS, read_examples
 from qa.windows import QADataCollator, WindowSettings, data_limits, keep_negative_windows, make_features
 from trainer_qa import QuestionAnsweringTrainer, TrainingStopped
-from utils_qa import AnswerSettings, squad_scores, write_predictions
+from utils_qa import METRIC_NAMES, AnswerSettings, squad_scores, write_predictions
 
 logger = logging.getLogger("run_squad")
 
-METRIC_NAMES = """
-    exact f1 total HasAns_exact HasAns_f1 HasAns_total NoAns_exact NoAns_f1 NoAns_total
-    best_exact best_exact_thresh best_f1 best_f1_thresh
-""".split()
 OUT_OF_MEMORY = (
     "Halve --per_device_train_batch_size and double --gradient_accumulation_steps (in evaluation halve "
     "--per_device_eval_batch_size), or try --gradient_checkpointing, --bf16 or a smaller --max_seq_length"
 )
-
-# One of these is set where a launcher has started this process.
-LAUNCHER_VARIABLES = "LOCAL_RANK WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
 
 
 @dataclass
@@ -180,7 +180,7 @@ class QATrainingArguments(TrainingArguments):
             self.use_cpu = True
             if self.fsdp:
                 raise QAError("--fsdp needs GPUs, and there is none here: leave it out")
-        if not any(name in os.environ for name in LAUNCHER_VARIABLES):
+        if not was_launched():
             self.ddp_backend = None  # which a single process could not start
         if self.run_name is None:  # a tracker's name for the run, under which its parts come together
             self.run_name = os.path.basename(os.path.normpath(self.output_dir))
@@ -250,12 +250,10 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         trainer.state.is_local_process_zero = trainer.is_local_process_zero()
     elif training_args.do_train:
         train(trainer, settings, checkpoint, answer_changes)
-    scores = {}
-    if training_args.do_eval:
-        scores = save_answered(trainer, "eval", trainer.evaluate(), len(features["validation"]))
+    scores = save_answered(trainer, "eval", trainer.evaluate(), features["validation"]) if training_args.do_eval else {}
     if training_args.do_predict:
         metrics = trainer.predict(features["test"], examples["test"])
-        save_answered(trainer, "predict", metrics, len(features["test"]))
+        save_answered(trainer, "predict", metrics, features["test"])
 
     if trainer.is_world_process_zero() and training_args.do_train:
         card = model_card(model_args, data_args, training_args, position_type_of(config), scores, trainer.hub_model_id)
@@ -287,12 +285,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
     set_up_logging(logging.INFO if training_args.process_index == 0 else logging.ERROR)
     for notice in notices:
         logger.info(notice)
-    check_together(data_args, training_args)
-    return model_args, data_args, training_args
-
-
-def check_together(data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
-    """Raises QAError where nothing is to be done, or a metric or a tracker that is asked for is not there."""
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise QAError("nothing to do: give --do_train, --do_eval or --do_predict")
     best = (training_args.metric_for_best_model or "").removeprefix("eval_")
@@ -303,6 +295,7 @@ def check_together(data_args: DataTrainingArguments, training_args: QATrainingAr
     for tracker in training_args.report_to:
         if tracker not in get_available_reporting_integrations():
             raise QAError(f"--report_to {tracker}: no such tracker is installed; pip install it or leave the flag out")
+    return model_args, data_args, training_args
 
 
 def log_summary(model, data_args, training_args: QATrainingArguments) -> None:
@@ -403,13 +396,13 @@ def train(trainer: QuestionAnsweringTrainer, settings: dict, checkpoint: str | N
     trainer.stop_if_asked()
 
 
-def save_answered(trainer: QuestionAnsweringTrainer, split: str, metrics: dict[str, float], num_windows: int) -> dict:
+def save_answered(trainer: QuestionAnsweringTrainer, split: str, metrics: dict[str, float], features) -> dict:
     """Logs and saves the metrics of an evaluation ("eval") or prediction ("predict"); returns the scores alone."""
-    metrics[f"{split}_samples"] = num_windows
+    metrics[f"{split}_samples"] = len(features)
     trainer.save_metrics(split, metrics)
     scores = {name: metrics[f"{split}_{name}"] for name in METRIC_NAMES if f"{split}_{name}" in metrics}
     said = "".join(f", {name} {scores[name]:.2f}" for name in ("exact", "f1") if name in scores)
-    logger.info(f"Answered ({split}): {num_windows} windows in {metrics[f'{split}_runtime']:.1f} s{said}.")
+    logger.info(f"Answered ({split}): {len(features)} windows in {metrics[f'{split}_runtime']:.1f} s{said}.")
     return scores
 
 

@@ -26,6 +26,10 @@ from qa.files import QAError, require_at_least_1, write_json, write_text
 QUESTIONS_PER_PIECE = 512  # whose spans are ranked, and whose contexts are read, at once: bounds the memory
 WINDOWS_PER_BATCH = 128  # of logits that are in memory: what is made of them stays in the processor's cache
 LARGEST_LOGIT = torch.finfo(torch.float32).max / 2  # the sum of two still is a float32
+METRIC_NAMES = """
+    exact f1 total HasAns_exact HasAns_f1 HasAns_total NoAns_exact NoAns_f1 NoAns_total
+    best_exact best_exact_thresh best_f1 best_f1_thresh
+""".split()
 NO_SPAN = {"text": "", "probability": 1.0, "start_logit": 0.0, "end_logit": 0.0, "start": None, "end": None}
 
 

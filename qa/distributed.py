@@ -99,6 +99,12 @@ def meet_after_restart(backend: str, timeout: float) -> None:
     )
 
 
+def was_launched() -> bool:
+    """Whether torchrun, MPI or the like has started this process."""
+    variables = "LOCAL_RANK WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
+    return any(name in os.environ for name in variables)
+
+
 def was_restarted() -> bool:
     """Whether torchrun or SLURM has restarted this command; every process must ask, and hears the same."""
     counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
