@@ -201,6 +201,6 @@ def test_quickstart(tmp_path):
         ["bash", "scripts/quickstart.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    metrics = json.loads(re.search(r"^\{.*?^\}", done.stdout, flags=re.MULTILINE | re.DOTALL)[0])
+    metrics = json.loads(re.search(r"^\{\n.*?^\}", done.stdout, flags=re.MULTILINE | re.DOTALL)[0])
     assert metrics["f1"] >= 95
     assert done.stdout.count("Question:") == 3
