@@ -125,7 +125,7 @@ def parse(*argv):
 
 def test_every_old_flag_has_a_fate_and_an_example():
     gone = FIELDS_OF_4_57_6.keys() - {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    assert len(FIELDS_OF_4_57_6) == 132 and len(gone) >= 28  # the golden file is the real list
+    assert len(FIELDS_OF_4_57_6) == 132 and len(gone) >= 26  # the golden file is the real list
     assert gone | set(FLAGS_OF_OLD_SCRIPTS) <= OLD_FLAGS.keys() | TAKEN
     examples = {name for command in [*TRANSLATED, *REFUSED] for name in split_flags(shlex.split(command))}
     assert OLD_FLAGS.keys() <= examples | ELSEWHERE | set(IGNORED)
@@ -254,7 +254,8 @@ def test_a_json_file_of_all_of_transformers_4s_defaults_is_read(tmp_path):
     assert arguments.warmup_steps == 0
     same = {name for name, value in flags.items() if hasattr(arguments, name) and value not in (None, [], "")}
     changed = {name for name in same if getattr(arguments, name) != flags[name]}
-    assert len(same) > 60 and changed <= {"use_cpu", "dataloader_pin_memory", "include_num_input_tokens_seen"}
+    by_themselves = {"use_cpu", "dataloader_pin_memory", "include_num_input_tokens_seen"}
+    assert len(same) > 60 and changed <= {*by_themselves, "warmup_ratio"}  # which earlier versions still have
 
 
 @pytest.mark.parametrize(
