@@ -161,8 +161,8 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
     def find_answers(self, features, examples, prefix: str) -> tuple[AnswerSearch, dict[str, float]]:
         """Runs the model over `features`, the windows of `examples`.
 
-        Returns (a search that has kept all windows, on every process; speed metrics). Raises QAError, on every
-        process, for logits that are not finite, as `AnswerSearch.keep` does.
+        Returns (a search that has kept all windows, on every process; speed metrics). Logits that are not finite are
+        refused when the search is asked for answers or the loss.
         """
         start_time = time.time()
         self._search = AnswerSearch(examples, features, self.answer_settings, self.args.device)

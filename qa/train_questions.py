@@ -32,7 +32,7 @@ def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict
     needed = {split: (file, most) for split, (asked, file, most) in needed.items() if asked}
     files = {split: file for split, (file, _) in needed.items()}
     percentage = data_args.validation_split_percentage
-    if percentage:
+    if percentage and training_args.do_eval:
         files["train"] = data_args.train_file
     with training_args.main_process_first(desc="reading the questions"):
         splits = load_examples(
