@@ -34,6 +34,7 @@ from qa.files import QAError, one_line, require_at_least_1, write_text
 from qa.legacy_flags import parse_flags
 from qa.load_model import (
     POSITION_EMBEDDING_TYPES,
+    add_pipeline,
     check_length,
     load_config,
     load_model,
@@ -223,6 +224,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     source = {field: getattr(model_args, field) for field in ("token", "cache_dir", "trust_remote_code")}
     source["revision"] = model_args.model_revision
     config = load_config(name, model_args.position_embedding_type, config_name=model_args.config_name, **source)
+    add_pipeline(config, data_args)
     tokenizer = load_tokenizer(model_args.tokenizer_name or name, **source)
     examples, answer_changes = read_examples(model_args, data_args, training_args)
     features = make_windows(examples, tokenizer, data_args, training_args)

@@ -33,6 +33,7 @@ from qa.columns import column
 from qa.distributed import fail_together, gather, on_main_process, writing
 from qa.files import QAError, told_in_one_line, write_json
 from qa.load_model import load_weights, rename_extra_special_tokens
+from qa.question_answering_pipeline import save_code
 from utils_qa import AnswerSearch, AnswerSettings
 
 logger = logging.getLogger(__name__)
@@ -385,6 +386,7 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
             super().save_model(folder, _internal_call=True)
             if self.args.should_save:
                 rename_extra_special_tokens(folder)
+                save_code(folder)
 
     def save_state(self) -> None:
         with writing(self.args.output_dir):

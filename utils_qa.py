@@ -6,7 +6,6 @@
 
 import functools
 import json
-import math
 import os
 import tempfile
 from collections import UserDict
@@ -22,15 +21,14 @@ from torch.nn import functional as F
 
 from qa.columns import column, distinct_texts
 from qa.files import QAError, require_at_least_1, write_json, write_text
+from qa.question_answering_pipeline import best_spans, choose_answer, n_best_entry, own_logits, rank_spans
 
 QUESTIONS_PER_PIECE = 512  # whose spans are ranked, and whose contexts are read, at once: bounds the memory
 WINDOWS_PER_BATCH = 128  # of logits that are in memory: what is made of them stays in the processor's cache
-LARGEST_LOGIT = torch.finfo(torch.float32).max / 2  # the sum of two still is a float32
 METRIC_NAMES = """
     exact f1 total HasAns_exact HasAns_f1 HasAns_total NoAns_exact NoAns_f1 NoAns_total
     best_exact best_exact_thresh best_f1 best_f1_thresh
 """.split()
-NO_SPAN = {"text": "", "probability": 1.0, "start_logit": 0.0, "end_logit": 0.0, "start": None, "end": None}
 
 
 @dataclass
@@ -162,25 +160,14 @@ class AnswerSearch:
 
         window: (batch,) int64, rows of the features; start_logits, end_logits: (batch, padded length), any float type.
 
-        Returns start, end (int32, positions), start_logit, end_logit and score (float32), (batch, n_best_size + 1):
-        the best spans, best first, of score -inf where there are no more, and in the last column the null answer. And
-        (batch,): window, finite (bool: whether its logits can be used) and, with labels, loss (float32).
+        Returns what `best_spans` does, and of shape (batch,) window and, with labels, loss (float32).
         """
-        bounds, n = self.bounds[window], self.settings.n_best_size
-        # Padding takes no part. There are n columns or more, so that every window has n starts and n ends.
-        width = max(start_logits.shape[1], n)
-        outside = torch.arange(width, device=bounds.device) >= bounds[:, :1]
-        start_logits, end_logits = (
-            F.pad(logits.float(), (0, width - logits.shape[1])).masked_fill(outside, -math.inf)
-            for logits in (start_logits, end_logits)
-        )
-        finite = (start_logits.amax(dim=1) <= LARGEST_LOGIT) & (end_logits.amax(dim=1) <= LARGEST_LOGIT)  # not if NaN
-        if self.settings.version_2_with_negative:
-            finite &= (start_logits[:, 0] >= -LARGEST_LOGIT) & (end_logits[:, 0] >= -LARGEST_LOGIT)
-        found = best_spans(start_logits, end_logits, bounds, n, self.settings.max_answer_length)
-        found |= {"window": window, "finite": finite}
+        bounds, settings = self.bounds[window], self.settings
+        how = settings.n_best_size, settings.max_answer_length, settings.version_2_with_negative
+        found = {"window": window, **best_spans(start_logits, end_logits, bounds, *how)}
         if self.labels is not None:
-            found["loss"] = window_losses(start_logits, end_logits, *(labels[window] for labels in self.labels))
+            own = (own_logits(logits, bounds[:, :1]) for logits in (start_logits, end_logits))
+            found["loss"] = window_losses(*own, *(labels[window] for labels in self.labels))
         return found
 
     def keep(self, found: dict[str, torch.Tensor]) -> None:
@@ -232,7 +219,11 @@ class AnswerSearch:
 
     def _answer(self, questions: range, predictions: QAPredictions) -> None:
         """Adds the answers to these questions to `predictions`."""
-        window, rank = self._n_best(questions)
+        first, last = np.searchsorted(self.example, (questions.start, questions.stop), sorter=self.by_question)
+        windows = self.by_question[first:last]
+        with_null = self.settings.version_2_with_negative
+        row, rank = rank_spans(self.results["score"][windows], self.example[windows], with_null)
+        window = windows[row]
         question = self.example[window] - questions.start
         is_null = rank == self.settings.n_best_size
         scores, *logits = (self.results[name][window, rank] for name in ("score", "start_logit", "end_logit"))
@@ -240,55 +231,18 @@ class AnswerSearch:
         contexts = np.array(texts.distinct.to_pylist(), dtype=object)[texts.row]
         columns = (contexts[question], is_null, *logits, *self._characters(window, rank))
         rows = zip(*(values.tolist() for values in columns), strict=True)
-        entries = [
-            {
-                "text": "" if is_null else context[start:end],
-                "probability": None,
-                "start_logit": start_logit,
-                "end_logit": end_logit,
-                "start": None if is_null else start,
-                "end": None if is_null else end,
-            }
-            for context, is_null, start_logit, end_logit, start, end in rows
-        ]
-        null_scores, scores = scores[is_null].tolist(), scores.tolist()
+        entries = [n_best_entry(*row) for row in rows]
+        scores = scores.tolist()
         bounds = np.searchsorted(question, range(len(questions) + 1)).tolist()
+        threshold = self.settings.null_score_diff_threshold if with_null else None
         for i, id_ in enumerate(self.ids[questions.start : questions.stop]):
-            n_best, n_best_scores = entries[bounds[i] : bounds[i + 1]], scores[bounds[i] : bounds[i + 1]]
-            best = next((rank for rank, entry in enumerate(n_best) if entry["text"]), None)
-            if best is None:
-                n_best, n_best_scores, best = [NO_SPAN.copy(), *n_best], [0.0, *n_best_scores], 0
-            for entry, probability in zip(n_best, _softmax(n_best_scores), strict=True):
-                entry["probability"] = probability
+            listed = slice(bounds[i], bounds[i + 1])
+            n_best, answer, best_non_null, null_odds = choose_answer(entries[listed], scores[listed], threshold)
             predictions.n_best[id_] = n_best
-            predictions.best_non_null[id_] = n_best[best]["text"]
-            predictions.answers[id_] = n_best[0]["text"]
+            predictions.answers[id_] = answer["text"]
+            predictions.best_non_null[id_] = best_non_null["text"]
             if predictions.null_odds is not None:
-                predictions.null_odds[id_] = null_scores[i] - n_best_scores[best]
-                is_empty = predictions.null_odds[id_] > self.settings.null_score_diff_threshold
-                predictions.answers[id_] = "" if is_empty else n_best[best]["text"]
-
-    def _n_best(self, questions: range) -> tuple[np.ndarray, np.ndarray]:
-        """The n-best lists of these questions, one after the other, as rows and columns of `results`, both (entries,).
-
-        The null answer is never cut off: where it ranks lower, it is one more.
-        """
-        n = self.settings.n_best_size
-        first, last = np.searchsorted(self.example, (questions.start, questions.stop), sorter=self.by_question)
-        windows = self.by_question[first:last]
-        question, scores = self.example[windows], self.results["score"][windows]
-        null_scores, scores[:, n] = scores[:, n].copy(), -math.inf
-        if self.settings.version_2_with_negative:
-            lowest_first = np.lexsort((null_scores, question))
-            lowest = lowest_first[np.searchsorted(question, questions)]
-            scores[lowest, n] = null_scores[lowest]
-        row, rank = np.nonzero(scores > -math.inf)
-        # A stable sort: equal scores keep the order of windows and ranks, save that the null answer comes last.
-        order = np.lexsort((rank == n, -scores[row, rank], question[row]))
-        row, rank = row[order], rank[order]
-        place = np.arange(len(row)) - np.searchsorted(question[row], question[row])
-        listed = (place < n) | (rank == n)
-        return windows[row[listed]], rank[listed]
+                predictions.null_odds[id_] = null_odds
 
     def _characters(self, window: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """Where these entries start and end in their contexts: (2, entries) int64; 0 for a null answer."""
@@ -306,50 +260,6 @@ class AnswerSearch:
         return characters
 
 
-def span_score(start_logit: torch.Tensor, end_logit: torch.Tensor) -> torch.Tensor:
-    """The score of spans or of null answers, by which they rank in their window, across windows and in probability.
-
-    start_logit, end_logit: float32, of shapes that go together.
-    """
-    return start_logit + end_logit
-
-
-def best_spans(
-    start_logits: torch.Tensor, end_logits: torch.Tensor, bounds: torch.Tensor, n: int, max_answer_length: int
-) -> dict[str, torch.Tensor]:
-    """The `n` best spans and the null answer of each window, as AnswerSearch.find returns them.
-
-    start_logits, end_logits: (batch, n columns or more) float32, -inf at padding. bounds: (batch, 3), the window's
-    tokens and the positions of the context's first token and after its last one.
-    """
-    context_start, context_end = bounds[:, 1, None], bounds[:, 2, None]
-    start_logit, start = _largest(start_logits, n)  # (batch, n)
-    end_logit, end = _largest(end_logits, n)
-    more_tokens = end[:, None, :] - start[:, :, None]  # (batch, n, n): a row for each start, a column for each end
-    is_span = (start >= context_start)[:, :, None] & (end < context_end)[:, None, :]
-    is_span &= (more_tokens >= 0) & (more_tokens < max_answer_length)
-    score = span_score(start_logit[:, :, None], end_logit[:, None, :]).masked_fill(~is_span, -math.inf)
-    score, pair = _largest(score.flatten(1), n)
-    start, end = start.gather(1, pair // n), end.gather(1, pair % n)
-
-    start, end = F.pad(start, (0, 1)), F.pad(end, (0, 1))  # the null answer starts and ends at position 0
-    start_logit, end_logit = start_logits.gather(1, start), end_logits.gather(1, end)
-    score = torch.cat([score, span_score(start_logit[:, n:], end_logit[:, n:])], dim=1)
-    logits = {"start_logit": start_logit, "end_logit": end_logit, "score": score}
-    return {"start": start.int(), "end": end.int(), **logits}
-
-
-def _largest(values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The n largest float32 values of each row and their columns, descending; equal values by column."""
-    # An integer that sorts like (value, lower column first) makes topk exact about ties, and is faster than a sort.
-    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    bits ^= (bits >> 31) & 0x7FFFFFFF  # of negative floats, which sort the other way round as integers
-    last = values.shape[1] - 1
-    keys = bits.long() * 2**32 + torch.arange(last, -1, -1, device=values.device)
-    columns = last - (keys.topk(n, dim=1).values & 0xFFFFFFFF)
-    return values.gather(1, columns), columns
-
-
 def window_losses(
     start_logits: torch.Tensor, end_logits: torch.Tensor, start_positions: torch.Tensor, end_positions: torch.Tensor
 ) -> torch.Tensor:
@@ -361,13 +271,6 @@ def window_losses(
     start_loss = F.cross_entropy(start_logits, start_positions, reduction="none")
     end_loss = F.cross_entropy(end_logits, end_positions, reduction="none")
     return start_loss / 2 + end_loss / 2  # which two large ones do not overflow
-
-
-def _softmax(scores: list[float]) -> list[float]:
-    largest = max(scores)
-    exps = [math.exp(score - largest) for score in scores]
-    total = sum(exps)
-    return [exp / total for exp in exps]
 
 
 # ---- Files ----

@@ -19,10 +19,20 @@ from transformers import (
 from qa import hub
 from qa.files import QAError, one_line, write_json
 from qa.modeling_relative_bert import RELATIVE_TYPES, RelativeBertForQuestionAnswering
+from qa.question_answering_pipeline import custom_pipelines
 
 logger = logging.getLogger(__name__)
 
 POSITION_EMBEDDING_TYPES = ("absolute", *RELATIVE_TYPES)
+PIPELINE_SETTINGS = {  # our settings of windows and answers, as the question-answering pipeline names them
+    "max_seq_length": "max_seq_len",
+    "doc_stride": "doc_stride",
+    "max_query_length": "max_question_len",
+    "n_best_size": "n_best_size",
+    "max_answer_length": "max_answer_len",
+    "version_2_with_negative": "handle_impossible_answer",
+    "null_score_diff_threshold": "null_score_diff_threshold",
+}
 
 
 def load_config(name: str, position_embedding_type: str | None = None, config_name: str | None = None, **source):
@@ -37,6 +47,12 @@ def load_config(name: str, position_embedding_type: str | None = None, config_na
         config.position_embedding_type = position_type
     config.num_labels = 2  # start and end, whatever the checkpoint was trained for before
     return config
+
+
+def add_pipeline(config: PreTrainedConfig, settings) -> None:
+    """Lets `transformers.pipeline` find what answers by the model, and by which `settings` it is trained."""
+    config.custom_pipelines = custom_pipelines()
+    config.qa_settings = {theirs: getattr(settings, ours) for ours, theirs in PIPELINE_SETTINGS.items()}
 
 
 def resolve_position_embedding_type(config: PreTrainedConfig, name: str, requested: str | None = None) -> str:

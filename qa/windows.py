@@ -7,10 +7,8 @@ with NumPy from flat token arrays and cached as Arrow on disk.
 import hashlib
 import logging
 import os
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +21,10 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from qa import question_answering_pipeline
 from qa.columns import Texts, column, distinct_texts, lists, write_arrow
 from qa.files import QAError, require_at_least_1
+from qa.question_answering_pipeline import pair_template, place_windows, plain_backend, token_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +96,8 @@ class Windows(NamedTuple):
     length: np.ndarray  # context tokens
 
 
-def place_windows(context_lengths, question_lengths, num_special: int, settings: WindowSettings) -> Windows:
-    """Window i of an example starts at context token i * doc_stride; its last is the first that reaches the end.
-
-    context_lengths, question_lengths: (num_examples,) tokens. num_special: special tokens around question and context.
-    """
+def _place_windows(context_lengths, question_lengths, num_special: int, settings: WindowSettings) -> Windows:
+    """context_lengths, question_lengths: (num_examples,) tokens; num_special: those around question and context."""
     question_lengths = np.minimum(question_lengths, settings.max_query_length)
     room = settings.max_seq_length - num_special - question_lengths  # (num_examples,) context tokens of a window
     if settings.doc_stride > room.min():
@@ -109,10 +106,7 @@ def place_windows(context_lengths, question_lengths, num_special: int, settings:
             f"question ({question_lengths.max()} tokens) leaves {max(room.min(), 0)} of --max_seq_length "
             f"{settings.max_seq_length}; lower --doc_stride or --max_query_length, or raise --max_seq_length"
         )
-    num_windows = 1 + -(-np.maximum(context_lengths - room, 0) // settings.doc_stride)  # (num_examples,)
-    example = np.repeat(np.arange(len(num_windows)), num_windows)
-    start = settings.doc_stride * _ranges(np.zeros_like(num_windows), num_windows)
-    length = np.minimum(context_lengths[example] - start, room[example])
+    example, start, length = place_windows(context_lengths, room, settings.doc_stride)
     return Windows(example, question_lengths[example], start, length)
 
 
@@ -138,9 +132,9 @@ def _feature_tables(
     contexts: Tokens, questions: Tokens, answers: pa.StructArray | None, tokenizer, settings: WindowSettings
 ) -> tuple[Features, Iterator[pa.Table]]:
     """The columns of the features, and tables that together hold them."""
-    special_ids, special_types, bounds = _pair_template(tokenizer)
+    special_ids, special_types, bounds = pair_template(tokenizer)
     before, _, between, _, after = np.diff(bounds)
-    windows = place_windows(contexts.length, questions.length, before + between + after, settings)
+    windows = _place_windows(contexts.length, questions.length, before + between + after, settings)
 
     # All tokens that a window can hold, end to end; each window is five ranges of them.
     pool = np.concatenate([special_ids, questions.ids, contexts.ids])
@@ -179,18 +173,6 @@ def _feature_tables(
             yield pa.table({name: table[name] for name in features})
 
     return Features(features), tables()
-
-
-def _pair_template(tokenizer) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """(ids int32, types int8, bounds) of a short pair: bounds are where question and context start and end in it.
-
-    What is neither, at both ends and between, are the special tokens that stand around every pair.
-    """
-    pair = tokenizer("a", "a", return_token_type_ids=True, return_attention_mask=False)
-    text = np.array([-1 if index is None else index for index in pair.sequence_ids(0)])
-    question, context = np.flatnonzero(text == 0).tolist(), np.flatnonzero(text == 1).tolist()
-    bounds = [0, question[0], question[-1] + 1, context[0], context[-1] + 1, len(text)]
-    return np.array(pair["input_ids"], np.int32), np.array(pair["token_type_ids"], np.int8), bounds
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -244,7 +226,7 @@ def _tokenize(texts: Texts, tokenizer, num_proc: int | None, desc: str) -> Token
     num_bytes = pc.sum(pc.binary_length(texts.distinct)).as_py()
     tokenized = Dataset(pa.table({"text": texts.distinct})).map(
         _token_table,
-        fn_kwargs={"backend": _plain_backend(tokenizer)},
+        fn_kwargs={"backend": plain_backend(tokenizer)},
         batched=True,
         batch_size=min(max(BYTES_PER_BATCH * len(texts.distinct) // max(num_bytes, 1), 1), TEXTS_PER_BATCH),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
@@ -257,46 +239,16 @@ def _tokenize(texts: Texts, tokenizer, num_proc: int | None, desc: str) -> Token
     return Tokens(texts.row, offsets, *(values.values.to_numpy() for values in columns))
 
 
-def _plain_backend(tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer of the tokenizers library, which is faster when called itself, set to neither cut nor pad."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend
-
-
 def _token_table(rows: dict[str, list[str]], backend: tokenizers.Tokenizer) -> pa.Table:
     """One row a text; columns input_ids, char_starts and char_ends, all list<int32>."""
     texts = rows["text"]
-    encodings = backend.encode_batch(texts, add_special_tokens=False)
-    lengths = [len(encoding) for encoding in encodings]
-    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, sum(lengths))
-    spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
-    starts, ends = np.fromiter(spans, np.int32, 2 * sum(lengths)).reshape(-1, 2).T.copy()
-    marked = pc.match_substring_regex(pa.array(texts, pa.large_string()), r"\p{M}").to_numpy(zero_copy_only=False)
-    stops = np.cumsum(lengths)
-    for number in np.flatnonzero(marked):
-        here = slice(stops[number] - lengths[number], stops[number])
-        _extend_over_marks(texts[number], starts[here], ends[here])
-    columns = {"input_ids": ids, "char_starts": starts, "char_ends": ends}
-    return pa.table({name: lists(lengths, values) for name, values in columns.items()})
-
-
-def _extend_over_marks(text: str, starts: np.ndarray, ends: np.ndarray) -> None:
-    """Moves the ends of tokens behind the combining marks that follow and are in no token.
-
-    A tokenizer that strips accents drops such marks, but a letter without its marks is not what the text says.
-    """
-    holding = starts < ends
-    following = np.append(starts[holding], len(text))[np.searchsorted(starts[holding], ends)]
-    for token in np.flatnonzero(holding & (ends < following)):
-        while ends[token] < following[token] and unicodedata.category(text[ends[token]]).startswith("M"):
-            ends[token] += 1
+    lengths, *arrays = token_arrays(texts, backend.encode_batch(texts, add_special_tokens=False))
+    names = ("input_ids", "char_starts", "char_ends")
+    return pa.table({name: lists(lengths, values) for name, values in zip(names, arrays, strict=True)})
 
 
 def _cache_key(contexts: Texts, questions: Texts, answers, tokenizer, windows: WindowSettings) -> str:
-    """Hash of all that `make_features` depends on: of this file too, so that after an edit no older windows are read.
+    """Hash of all that `make_features` depends on: of the code too, so that after an edit no older windows are read.
 
     The tokenizer counts by what it is, not by its pickle, which changes with every other use of it.
     """
@@ -305,9 +257,11 @@ def _cache_key(contexts: Texts, questions: Texts, answers, tokenizer, windows: W
         tokenizer.model_input_names,
         tokenizer.split_special_tokens,
         tokenizers.__version__,
-        _plain_backend(tokenizer).to_str(),
+        plain_backend(tokenizer).to_str(),
     ]
-    digest = hashlib.sha256(Path(__file__).read_bytes() + repr(settings).encode())
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in (__file__, question_answering_pipeline.__file__):
+        digest.update(Path(file).read_bytes())
     for values in (*contexts, *questions, *([] if answers is None else [answers])):
         digest.update(pa.record_batch([values], ["values"]).serialize())
     return digest.hexdigest()[:32]

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import utils_qa
+from qa import question_answering_pipeline
 from qa.files import QAError
 from qa.read_squad import EXAMPLE_FEATURES
 from qa.squad_metric import SquadMetric, squad_evaluate
@@ -240,7 +241,9 @@ def test_a_new_span_score_ranks_in_windows_across_windows_and_against_null(monke
     end_logits = [[1, 0, 0, 1.5, 2, 0, 0], [0, 0, 0, 0, 0, 3, 0]]
     how = {"num_windows": 2, "version_2_with_negative": True, "n_best_size": 2}
     assert [c["text"] for c in answer(start_logits, end_logits, **how).n_best["q"]] == ["Ann met", "Ann", ""]
-    monkeypatch.setattr(utils_qa, "span_score", lambda start_logit, end_logit: start_logit + 10 * end_logit)
+    monkeypatch.setattr(
+        question_answering_pipeline, "span_score", lambda start_logit, end_logit: start_logit + 10 * end_logit
+    )
     got = answer(start_logits, end_logits, **how)
     assert got.answers == {"q": "Ann met Bo"} and got.null_odds == {"q": 0 - 34}
     entries = [(entry["text"], entry["probability"]) for entry in got.n_best["q"]]
