@@ -237,7 +237,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     if trained:
         model = load_trained_model(training_args.output_dir, model_args.trust_remote_code)
     else:
-        model = load_model(name, config, **source)
+        model = load_model(name, config, complete=not training_args.do_train, **source)
     resize_position_embeddings(model, tokenizer, data_args.max_seq_length)
     check_length(data_args.max_seq_length, model, tokenizer)
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)

@@ -101,20 +101,35 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise QAError(f"{name} has no padding token: use a model whose tokenizer has one")
 
 
-def load_model(name: str, config: PreTrainedConfig, **source) -> PreTrainedModel:
-    """The model `name` built by `config`, its new parameters logged. Raises QAError where it cannot be loaded."""
+def load_model(name: str, config: PreTrainedConfig, complete: bool = False, **source) -> PreTrainedModel:
+    """The model `name` built by `config`, its new parameters logged.
+
+    `complete`: nothing is going to train it, so that none may be new. Raises QAError for those, for weights of another
+    shape than `config` says, and where the model cannot be loaded.
+    """
     absolute = position_type_of(config) == "absolute"
     model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
     # float32 whatever the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
-    settings = {"config": config, "output_loading_info": True, "dtype": torch.float32}
+    settings = {"config": config, "output_loading_info": True, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     model, report = _from_hub(model_class, name, "a model", **settings, **source)
     if any("distance_embedding" in key for key in report["unexpected_keys"]):
         raise QAError(
             f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
             "--config_name out, or give one with the checkpoint's own position_embedding_type"
         )
-    if report["missing_keys"]:
-        logger.info("New parameters, not in %s: %s.", name, ", ".join(sorted(report["missing_keys"])))
+    if mismatched := sorted(key for key, *_ in report["mismatched_keys"]):
+        raise QAError(
+            f"the weights of {name} have other shapes than the configuration says ({_some(mismatched)}): its "
+            "config.json, or what --config_name names, is of another model"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing and complete:
+        raise QAError(
+            f"{name} lacks {_some(missing)}: it was not trained to answer questions with them; train it with "
+            "run_squad.py first"
+        )
+    if missing:
+        logger.info("New parameters, not in %s: %s.", name, ", ".join(missing))
     # Saved by the names of today; transformers would write those of the file back, such as Google's gamma and beta.
     model.__dict__.pop("_weight_conversions", None)
     return model
@@ -123,9 +138,12 @@ def load_model(name: str, config: PreTrainedConfig, **source) -> PreTrainedModel
 def load_trained_model(folder: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a run has saved in `folder`. Raises QAError where one of its weights is missing there."""
     source = {"trust_remote_code": trust_remote_code}
-    model = load_model(folder, load_config(folder, **source), **source)
-    load_weights(model, folder)
-    return model
+    return load_model(folder, load_config(folder, **source), complete=True, **source)
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are, for a message of one line."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _from_hub(auto_class, name, what, revision="main", token=None, cache_dir=None, trust_remote_code=False, **settings):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_bert, tiny_questions
+from tiny import tiny_bert, tiny_questions, with_own_code
 from transformers import BertForQuestionAnswering
 
 import run_squad
@@ -139,13 +139,26 @@ def test_text_from_standard_input_and_questions_from_the_terminal(model):
     assert "Question" in err and "Traceback" not in err
 
 
-def test_a_long_text_leaves_nothing_in_the_cache(model, tmp_path, monkeypatch, capsys):
+def test_a_long_text_is_kept_in_no_file(model, tmp_path, monkeypatch, capsys):
+    """Windows would not remove one that is mapped into memory."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.mkdtemp", None)
     text = tmp_path / "long.txt"
     text.write_text(TEXT * 40)
     (got,) = ask_json(capsys, model, "--context_file", str(text), "--question", QUESTIONS[0], *WINDOWS)
     assert text.read_bytes().decode()[got["start"] : got["end"]] == got["answer"]
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_model_with_code_of_its_own(models, tmp_path, text_file, capsys):
+    """The tokenizer, too: see test_check_data.py."""
+    shutil.copytree(models["absolute"], tmp_path / "own")
+    folder = with_own_code(tmp_path / "own")
+    argv = ["--context_file", text_file, "--question", QUESTIONS[0], *WINDOWS]
+    assert ask_json(capsys, folder, *argv, "--trust_remote_code") == ask_json(capsys, models["absolute"], *argv)
+    with pytest.raises(SystemExit):
+        ask.main([folder, *argv])
+    assert "contains custom code" in capsys.readouterr().err
 
 
 def test_a_cuda_build_of_torch_without_a_gpu_is_a_cpu(models, monkeypatch):
@@ -159,6 +172,30 @@ def test_a_cuda_build_of_torch_without_a_gpu_is_a_cpu(models, monkeypatch):
         loaded, tokenizer = ask.load(models[position_type])
         assert type(loaded) is model_class and not loaded.training and tokenizer.is_fast
         assert loaded.device.type == "cpu"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_each_console_shows_what_it_has_letters_for(flags, model, tmp_path, monkeypatch):
+    context = "Łódź\u2028\x9b…"  # with what could end a line of JSON, and with the terminal's CSI
+    (tmp_path / "text.txt").write_text(context, encoding="utf-8")
+
+    def printed(encoding: str) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+            ask.main([model, "--context_file", str(tmp_path / "text.txt"), "--question", "where ?", *WINDOWS, *flags])
+            return sys.stdout.buffer.getvalue().decode(encoding)
+
+    everything = printed("utf-8")
+    assert "Łódź" in everything and "…" in everything and "\x9b" not in everything
+    if flags:
+        (line,) = everything.splitlines()
+        assert context in [candidate["text"] for candidate in json.loads(line)["n_best"]]
+    for encoding in ("cp1252", "ascii"):
+        lacking = printed(encoding)
+        # What is not UTF-8 is no JSON, save ASCII.
+        assert lacking.isascii() and json.loads(lacking) == json.loads(everything) if flags else (
+            lacking == everything.encode(encoding, "backslashreplace").decode(encoding)
+        )
 
 
 # ---- Errors ----

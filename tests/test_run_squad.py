@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import read, tiny_bert, tiny_questions
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
 import run_squad
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
@@ -254,6 +254,10 @@ def test_help_shows_every_flag_once_with_its_default(capsys):
         ("--do_eval --validation_file {dev} --model_name_or_path {relative_key} --config_name {absolute}",
          ["has relative position embeddings, but the configuration says absolute"]),
         ("--do_eval --validation_file {dev} --model_name_or_path {damaged}", ["cannot load a model from"]),
+        ("--do_eval --validation_file {dev} --model_name_or_path {headless} --tokenizer_name {absolute}",
+         ["lacks qa_outputs.bias, qa_outputs.weight: it was not trained to answer questions"]),
+        ("--do_predict --test_file {test} --position_embedding_type relative_key", ["distance_embedding.weight:"]),
+        ("--do_train --train_file {train} --config_name {wider}", ["other shapes than", "weight and 17 more"]),
         ("--do_eval --validation_file {dev} --report_to clearml", ["--report_to clearml", "installed"]),
         ("--do_train --train_file {train} --early_stopping_patience 1", ["--early_stopping_patience", "evaluations"]),
         ("--do_train --train_file {train} --early_stopping_patience 0", ["--early_stopping_patience is 0"]),
@@ -271,7 +275,10 @@ def test_bad_input_is_one_line_before_training(inputs, command, tmp_path, capsys
     tokenizer.save_pretrained(tmp_path / "larger.json")
     damaged = Path(shutil.copytree(inputs["absolute"], tmp_path / "damaged.json"), "model.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:2000])
-    names = ("layout", "unanswerable", "larger", "damaged", "missing")
+    config = BertConfig.from_pretrained(inputs["absolute"])
+    BertModel(config).save_pretrained(tmp_path / "headless.json")
+    BertConfig(**config.to_dict() | {"hidden_size": 32}).save_pretrained(tmp_path / "wider.json")
+    names = ("layout", "unanswerable", "larger", "damaged", "headless", "wider", "missing")
     line = refusal(capsys, command(tmp_path / "out", flags, **{name: tmp_path / f"{name}.json" for name in names}))
     assert all(word in line for word in says), line
     assert not (tmp_path / "out").exists()
