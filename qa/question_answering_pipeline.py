@@ -54,12 +54,12 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = True
+    modelcard = None  # transformers 5.0 asks for it in save_pretrained
 
     def __init__(self, model, tokenizer, **settings):
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, which gives no character offsets")
-        trained_with = getattr(model.config, "qa_settings", None) or {}
-        super().__init__(model=model, tokenizer=tokenizer, **{**DEFAULTS, **trained_with, **settings})
+        super().__init__(model=model, tokenizer=tokenizer, **{**trained_settings(model.config), **settings})
         # pipeline() has put classes into it, with which it cannot be saved, and for a model of the hub its name.
         model.config.custom_pipelines = custom_pipelines()
         self.backend = plain_backend(tokenizer)
@@ -237,6 +237,11 @@ class Text:
             start = min(start, self.encoding.word_to_chars(first_word)[0])
             end = max(end, self.encoding.word_to_chars(last_word)[1])
         return start, end
+
+
+def trained_settings(config) -> dict:
+    """The settings that a model was trained with, by its configuration; see DEFAULTS."""
+    return {**DEFAULTS, **(getattr(config, "qa_settings", None) or {})}
 
 
 def custom_pipelines() -> dict:

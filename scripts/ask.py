@@ -9,7 +9,6 @@ The text may be of any length: it goes through the same windows and the same spa
 """
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -23,16 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import datasets  # noqa: E402
-from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache  # noqa: E402
-from transformers.utils import cached_file  # noqa: E402
-
-from qa import hub, load_model  # noqa: E402
-from qa.checkpoints import QA_SETTINGS  # noqa: E402
+from qa import load_model  # noqa: E402
 from qa.distributed import set_up_logging  # noqa: E402
 from qa.files import OneLineParser, QAError, json_line  # noqa: E402
-from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
-from utils_qa import AnswerSearch, AnswerSettings  # noqa: E402
+from qa.question_answering_pipeline import QuestionAnsweringPipeline, trained_settings  # noqa: E402
+from qa.windows import WindowSettings  # noqa: E402
+from utils_qa import AnswerSettings  # noqa: E402
 
 logger = logging.getLogger("run_squad")
 
@@ -41,12 +36,12 @@ RUNNERS_UP = 3
 SENTENCE_CHARACTERS = 300  # shown at most on each side of the answer
 
 EPILOG = """
-Window and answer settings are by default those that run_squad.py has left in MODEL_DIR (qa_settings.json), so that an
-answer here is the one that the evaluation gives; without that file they are run_squad.py's defaults.
+Window and answer settings are by default those that the model was trained with (qa_settings in its config.json), or
+else run_squad.py's defaults. An answer here is the one that the evaluation gives with the same settings.
 
 With --json each question gives one line: {"answer", "probability", "start", "end", "n_best"}. start and end count
-characters of the text, end exclusive; they are null, and the answer is "", where there is none. n_best is as in
-eval_nbest_predictions.json: a span that several windows see stands there once for each, and probability is their sum.
+characters of the text, end exclusive; they are null, and the answer is "", where there is none. n_best holds the best
+answers with the same four keys, the first of them the answer; a probability is that of all windows that see the answer.
 """
 
 
@@ -55,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         ask(args)
-    except (QAError, UnicodeError) as error:
+    except (QAError, ValueError) as error:
         parser.refuse(error)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -66,18 +61,30 @@ def main(argv: list[str] | None = None) -> None:
 
 def ask(args: argparse.Namespace) -> None:
     set_up_logging(logging.WARNING)
-    datasets.disable_progress_bars()
     context = read_context(args.context_file)
     model, tokenizer = load(args.model_dir, args.trust_remote_code)
-    saved = saved_settings(args.model_dir)
-    windows, answers = (chosen_settings(kind, args, saved) for kind in (WindowSettings, AnswerSettings))
-    load_model.resize_position_embeddings(model, tokenizer, windows.max_seq_length)
-    load_model.check_length(windows.max_seq_length, model, tokenizer)
+    if not hasattr(model.config, "qa_settings"):
+        logger.warning("config.json of %s has no qa_settings: run_squad.py's defaults are taken.", args.model_dir)
+    given = {theirs: getattr(args, ours) for ours, theirs in load_model.PIPELINE_SETTINGS.items()}
+    settings = trained_settings(model.config) | {name: value for name, value in given.items() if value is not None}
+    load_model.resize_position_embeddings(model, tokenizer, settings["max_seq_len"])
+    load_model.check_length(settings["max_seq_len"], model, tokenizer)
+    pipeline = QuestionAnsweringPipeline(model, tokenizer, device=model.device, **settings)
 
     in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for question in [args.question] if args.question is not None else read_questions(args.context_file is None):
-        answer = answer_question(model, tokenizer, context, question, windows, answers)
-        print(json_line(answer) if args.json else show(answer, context, in_color), flush=True)
+        answers = pipeline(
+            question=question, context=context, top_k=settings["n_best_size"], batch_size=WINDOWS_PER_BATCH
+        )
+        n_best = [named(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+        shown = n_best[0] | {"n_best": n_best}
+        print(json_line(shown) if args.json else show(shown, context, in_color), flush=True)
+
+
+def named(answer: dict) -> dict:
+    """An answer of the pipeline, by the names of our files."""
+    start, end = (answer["start"], answer["end"]) if answer["answer"] else (None, None)
+    return {"answer": answer["answer"], "probability": answer["score"], "start": start, "end": end}
 
 
 # ---- Arguments and texts ----
@@ -138,65 +145,10 @@ def load(model_dir: str, trust_remote_code: bool = False):
     """(model, tokenizer), the model with the position type that its config.json names."""
     if not os.path.isdir(model_dir) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model_dir):
         raise QAError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
-    config = load_model.load_config(model_dir)
-    architectures = config.architectures or []
-    if not any(name.endswith("ForQuestionAnswering") for name in architectures):
-        raise QAError(
-            f"{model_dir} holds {', '.join(architectures) or 'a model'}, which was not trained to answer questions: "
-            "train it with run_squad.py first"
-        )
-    tokenizer = load_model.load_tokenizer(model_dir)
-    model = load_model.load_model(model_dir, config)
-    return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
-
-
-def saved_settings(model_dir: str) -> dict:
-    """What run_squad.py has left in the folder, in the run's folder for one of its checkpoints, or on the hub."""
-    is_folder, path = os.path.isdir(model_dir), Path(model_dir).absolute()
-    name = str(path.parent) if is_folder and path.name.startswith("checkpoint-") else model_dir
-    with hub.loading(f"cannot load {QA_SETTINGS} from {name}", name, "model", revision="main"):
-        file = cached_file(name, QA_SETTINGS, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        # The cache knows what the hub has said that it does not have.
-        if not is_folder and try_to_load_from_cache(name, QA_SETTINGS) is not _CACHED_NO_EXIST:
-            logger.warning("The cache does not hold %s of %s: run_squad.py's defaults are taken.", QA_SETTINGS, name)
-        return {}
-    try:
-        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise QAError(f"{file}: is not a JSON object: {error}") from error
-
-
-def chosen_settings(kind: type, args: argparse.Namespace, saved: dict):
-    """An instance of `kind`: flags before what run_squad.py has left with the model, before the defaults."""
-    chosen = saved | {name: value for name, value in vars(args).items() if value is not None}
-    return kind(**{setting.name: chosen[setting.name] for setting in fields(kind) if setting.name in chosen})
-
-
-# ---- Answers ----
-
-
-@torch.inference_mode()
-def answer_question(
-    model, tokenizer, context: str, question: str, windows: WindowSettings, answers: AnswerSettings
-) -> dict:
-    """{answer, probability, start, end, n_best}; see EPILOG."""
-    if not question.strip():
-        raise QAError("the question is empty")
-    examples = datasets.Dataset.from_list([{"id": "question", "context": context, "question": question}])
-    features = make_features(examples, tokenizer, windows)
-    collate = QADataCollator(tokenizer)
-    search = AnswerSearch(examples, features, answers, model.device)
-    for window in torch.arange(len(features)).split(WINDOWS_PER_BATCH):
-        batch = collate([features[i] for i in window.tolist()])
-        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-        search.keep(search.find(window.to(model.device), output.start_logits, output.end_logits))
-    predictions = search.predictions()
-    text, n_best = predictions.answers["question"], predictions.n_best["question"]
-    best = next(candidate for candidate in n_best if candidate["text"] == text)
-    span = best["start"], best["end"]
-    probability = sum(c["probability"] for c in n_best if (c["start"], c["end"]) == span)
-    return {"answer": text, "probability": probability, "start": span[0], "end": span[1], "n_best": n_best}
+    config = load_model.load_config(model_dir, trust_remote_code=trust_remote_code)
+    tokenizer = load_model.load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    model = load_model.load_model(model_dir, config, complete=True, trust_remote_code=trust_remote_code)
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
 # ---- Display ----
@@ -211,7 +163,7 @@ def show(answer: dict, context: str, in_color: bool) -> str:
         lines.append(f"    {printable(before)}{mark[0]}{printable(answer['answer'])}{mark[1]}{printable(after)}")
     others = Counter()
     for candidate in answer["n_best"]:
-        others[printable(candidate["text"]) or "no answer"] += candidate["probability"]
+        others[printable(candidate["answer"]) or "no answer"] += candidate["probability"]
     del others[printable(answer["answer"]) or "no answer"]
     if others:
         lines.append("  Runners-up:")

@@ -193,8 +193,10 @@ def test_each_console_shows_what_it_has_letters_for(flags, model, tmp_path, monk
     for encoding in ("cp1252", "ascii"):
         lacking = printed(encoding)
         # What is not UTF-8 is no JSON, save ASCII.
-        assert lacking.isascii() and json.loads(lacking) == json.loads(everything) if flags else (
-            lacking == everything.encode(encoding, "backslashreplace").decode(encoding)
+        assert (
+            lacking.isascii() and json.loads(lacking) == json.loads(everything)
+            if flags
+            else (lacking == everything.encode(encoding, "backslashreplace").decode(encoding))
         )
 
 
