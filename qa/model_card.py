@@ -56,6 +56,15 @@ def model_card(model_args, data_args, training_args, position_type: str, metrics
 ## Use
 
 ```python
+from transformers import pipeline
+
+ask = pipeline(model="{name}", trust_remote_code=True)
+print(ask(question="Where was Marie Curie born?", context="Marie Curie was born in Warsaw in 1867."))
+```
+
+The code that this runs, `question_answering_pipeline.py`, stands beside the weights. The bare model:
+
+```python
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")

@@ -1,5 +1,6 @@
 """What leaves the machine: --push_to_hub through a hub on disk, --report_to with the real trackers."""
 
+import ast
 import functools
 import importlib.util
 import json
@@ -17,7 +18,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from hub_cache import cache_model
+from hub_server import Hub, Repository
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from test_run_squad import refusal
@@ -90,21 +91,25 @@ def test_the_hub_gets_all_that_loads_the_model_and_no_secret(command, hub, tmp_p
     assert {result.metric_type for result in card.data.eval_results} >= {"exact", "f1"}
     assert card.content == (tmp_path / "out" / "README.md").read_text()
 
-    # The card's own code, in a process that knows nothing of this repository.
-    cache_model(tmp_path / "cache", "somebody/my-squad", hub.files)
-    (code,) = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.MULTILINE | re.DOTALL)
-    code += """
+    # The card's own code, in a process that knows nothing of this repository, and the model by its name alone.
+    asking, loading = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.MULTILINE | re.DOTALL)
+    code = f"""{asking}{loading}
 inputs = tokenizer("who lives ?", "anna lives in rome .", return_tensors="pt")
 print(model(**inputs).start_logits.tolist())
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    files = {path.name: path.read_bytes() for path in hub.files.iterdir()}
+    server = Hub({("models", "somebody/my-squad"): Repository(files)})
+    environment = server.environment(tmp_path / "cache")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    server.stop()
     assert done.returncode == 0, done.stderr[-2000:]
     model = RelativeBertForQuestionAnswering.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         logits = model(**tokenizer("who lives ?", "anna lives in rome .", return_tensors="pt")).start_logits
-    assert json.loads(done.stdout) == logits.tolist()
+    answer, loaded = done.stdout.splitlines()
+    assert json.loads(loaded) == logits.tolist()
+    assert list(ast.literal_eval(answer)) == ["score", "start", "end", "answer"]
 
 
 def test_a_hub_that_does_not_let_us_is_said_before_training(command, hub, tmp_path, capsys):
