@@ -30,6 +30,7 @@ DEFAULTS = {  # where config.json does not say (as `qa_settings`) what the model
     "null_score_diff_threshold": 0.0,
 }
 TEXTS_KEPT = 8  # whose tokens stay in memory for the next question
+IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last white space
 LARGEST_LOGIT = torch.finfo(torch.float32).max / 2  # the sum of two still is a float32
 NO_SPAN = {"text": "", "probability": 1.0, "start_logit": 0.0, "end_logit": 0.0, "start": None, "end": None}
 
@@ -260,32 +261,54 @@ def save_code(folder: str | Path) -> None:
 
 
 def plain_backend(tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer of the tokenizers library, which is faster when called itself, set to neither cut nor pad."""
+    """The tokenizer of the tokenizers library, which is faster when called itself, as one that neither cuts nor pads.
+
+    Nor has it a post-processor: without special tokens to add, all that one does is to trim offsets, by rules that do
+    not go with every pre-tokenizer. Shares the parts of the tokenizer, which stays as it is.
+    """
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend
+    plain = tokenizers.Tokenizer(backend.model)
+    plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    plain.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
+    plain.encode_special_tokens = tokenizer.split_special_tokens
+    return plain
 
 
 def token_arrays(texts: list[str], encodings: list[tokenizers.Encoding]) -> tuple[list[int], *tuple[np.ndarray, ...]]:
     """(tokens of each text, ids, char_starts, char_ends): the tokens of all texts end to end, (num_tokens,) int32.
 
-    char_starts, char_ends: the characters of each token in its text, end exclusive.
+    char_starts, char_ends: the characters of each token in its text, end exclusive, without white space at both ends:
+    combining marks that the tokenizer drops go with the letter before them; a token of white space alone starts at the
+    next character that is none, and ends after the last one.
     """
     lengths = [len(encoding) for encoding in encodings]
     ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, sum(lengths))
     spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
-    starts, ends = np.fromiter(spans, np.int32, 2 * sum(lengths)).reshape(-1, 2).T.copy()
+    starts, ends = np.fromiter(spans, np.int32, 2 * sum(lengths)).reshape(-1, 2).T
+    starts, ends = _trim(texts, lengths, starts, ends)
     stops = np.cumsum(lengths)
     for number, text in enumerate(texts):
         if not text.isascii() and any(unicodedata.category(c)[0] == "M" for c in set(text)):
             here = slice(stops[number] - lengths[number], stops[number])
-            extend_over_marks(text, starts[here], ends[here])
+            _extend_over_marks(text, starts[here], ends[here])
     return lengths, ids, starts, ends
 
 
-def extend_over_marks(text: str, starts: np.ndarray, ends: np.ndarray) -> None:
+def _trim(texts: list[str], lengths: list[int], starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, ends), moved on and back over white space, inside their texts, which have so many tokens (`lengths`)."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)  # (num_characters,) of all texts
+    solid = ~IS_SPACE[np.minimum(codes, len(IS_SPACE) - 1)]
+    places = np.flatnonzero(solid)
+    passed = np.append(0, np.cumsum(solid))  # (num_characters + 1,): how many of `places` lie before each character
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    stop = np.repeat(np.cumsum(sizes), lengths)  # (num_tokens,), as is `begin`: of the token's text
+    begin = stop - np.repeat(sizes, lengths)
+    starts = np.minimum(np.append(places, len(codes))[passed[begin + starts]], stop) - begin
+    ends = np.maximum(np.append(0, places + 1)[passed[begin + ends]], begin) - begin
+    return starts.astype(np.int32), ends.astype(np.int32)
+
+
+def _extend_over_marks(text: str, starts: np.ndarray, ends: np.ndarray) -> None:
     """Moves the ends of tokens behind the combining marks that follow and are in no token.
 
     A tokenizer that strips accents drops such marks, but a letter without its marks is not what the text says.

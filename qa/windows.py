@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer, fewer where they come to more than
 BYTES_PER_BATCH = 2**19  # on average: bounds the memory of what the tokenizer returns
 WINDOWS_PER_BATCH = 2000  # windows sliced at once: bounds the memory of the index arrays
+UNKNOWN_SHARE = 0.05  # of the contexts' tokens: above it the tokenizer is that of another language or case
 
 
 @dataclass
@@ -60,7 +61,7 @@ def make_features(
     example_index int32, the row in `examples`; question_length int32, of the whole question, before it is cut;
     context_start int32, position of the first context token;
     char_starts, char_ends list<int32>, for each context token of the window its characters in the context, end
-    exclusive: combining marks that the tokenizer drops go with the letter before them;
+    exclusive, as `token_arrays` gives them;
     and where `examples` have a column answers:
     start_positions, end_positions int32, of the first gold answer's first and last token, 0 ([CLS]) where the window
     does not hold it whole or there is none;
@@ -84,6 +85,10 @@ def make_features(
     if path is None or overwrite_cache or not os.path.exists(path):
         context_tokens = _tokenize(contexts, tokenizer, num_proc, f"{desc} (contexts)")
         question_tokens = _tokenize(questions, tokenizer, num_proc, f"{desc} (questions)")
+        unknown = np.count_nonzero(context_tokens.ids == tokenizer.unk_token_id) / max(len(context_tokens.ids), 1)
+        if unknown > UNKNOWN_SHARE:
+            unread = f"{unknown:.1%} of the contexts' tokens are {tokenizer.unk_token}, of which a model reads nothing"
+            logger.warning(f"{unread}: use one whose tokenizer is of their language and case")
         features, tables = _feature_tables(context_tokens, question_tokens, answers, tokenizer, windows)
         if path is None:
             return Dataset(pa.concat_tables(tables).cast(features.arrow_schema), DatasetInfo(features=features))
@@ -262,6 +267,7 @@ def _cache_key(contexts: Texts, questions: Texts, answers, tokenizer, windows: W
         tokenizer.split_special_tokens,
         tokenizers.__version__,
         plain_backend(tokenizer).to_str(),
+        pair_template(tokenizer),
     ]
     digest = hashlib.sha256(repr(settings).encode())
     for file in (__file__, question_answering_pipeline.__file__):
@@ -349,7 +355,7 @@ class QADataCollator:
         holding = np.arange(padded_length) < lengths[:, None]  # (batch, padded length)
         batch = {"attention_mask": holding.astype(np.int64)}
         padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        for name in padding.keys() & rows[0].keys():
+        for name in padding.keys() & rows[0].keys() & set(self.tokenizer.model_input_names):
             batch[name] = np.full(holding.shape, padding[name])
             batch[name][holding] = np.concatenate([row[name] for row in rows])
         for name in ("start_positions", "end_positions", "window"):
