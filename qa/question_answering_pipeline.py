@@ -235,8 +235,9 @@ class Text:
         start, end = int(self.char_starts[first]), int(self.char_ends[last])
         if align_to_words:
             first_word, last_word = self.encoding.token_to_word(first), self.encoding.token_to_word(last)
-            start = min(start, self.encoding.word_to_chars(first_word)[0])
-            end = max(end, self.encoding.word_to_chars(last_word)[1])
+            start, end = self.encoding.word_to_chars(first_word)[0], self.encoding.word_to_chars(last_word)[1]
+            words = self.text[start:end]
+            start, end = end - len(words.lstrip()), start + len(words.rstrip())
         return start, end
 
 
