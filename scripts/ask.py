@@ -138,15 +138,8 @@ def load(model_dir: str, trust_remote_code: bool = False):
     """(model, tokenizer), the model with the position type that its config.json names."""
     if not os.path.isdir(model_dir) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model_dir):
         raise QAError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
-    config = load_model.load_config(model_dir)
-    architectures = config.architectures or []
-    if not any(name.endswith("ForQuestionAnswering") for name in architectures):
-        raise QAError(
-            f"{model_dir} holds {', '.join(architectures) or 'a model'}, which was not trained to answer questions: "
-            "train it with run_squad.py first"
-        )
-    tokenizer = load_model.load_tokenizer(model_dir)
-    model = load_model.load_model(model_dir, config)
+    model = load_model.load_trained_model(model_dir, trust_remote_code)
+    tokenizer = load_model.load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_bert, tiny_questions, with_own_code
+from tiny import read, tiny_bert, tiny_questions, with_own_code
 from transformers import BertForQuestionAnswering
 
 import run_squad
@@ -150,12 +150,16 @@ def test_a_long_text_is_kept_in_no_file(model, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_model_with_code_of_its_own(models, tmp_path, text_file, capsys):
-    """The tokenizer, too: see test_check_data.py."""
-    shutil.copytree(models["absolute"], tmp_path / "own")
-    folder = with_own_code(tmp_path / "own")
+def test_a_model_with_code_of_its_own_or_without_architectures(models, tmp_path, text_file, capsys):
     argv = ["--context_file", text_file, "--question", QUESTIONS[0], *WINDOWS]
-    assert ask_json(capsys, folder, *argv, "--trust_remote_code") == ask_json(capsys, models["absolute"], *argv)
+    expected = ask_json(capsys, models["absolute"], *argv)
+    shutil.copytree(models["absolute"], tmp_path / "own")
+    config = read(tmp_path, "own", "config.json")
+    del config["architectures"]
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    assert ask_json(capsys, str(tmp_path / "own"), *argv) == expected
+    folder = with_own_code(tmp_path / "own")
+    assert ask_json(capsys, folder, *argv, "--trust_remote_code") == expected
     with pytest.raises(SystemExit):
         ask.main([folder, *argv])
     assert "contains custom code" in capsys.readouterr().err
@@ -193,8 +197,10 @@ def test_each_console_shows_what_it_has_letters_for(flags, model, tmp_path, monk
     for encoding in ("cp1252", "ascii"):
         lacking = printed(encoding)
         # What is not UTF-8 is no JSON, save ASCII.
-        assert lacking.isascii() and json.loads(lacking) == json.loads(everything) if flags else (
-            lacking == everything.encode(encoding, "backslashreplace").decode(encoding)
+        assert (
+            lacking.isascii() and json.loads(lacking) == json.loads(everything)
+            if flags
+            else (lacking == everything.encode(encoding, "backslashreplace").decode(encoding))
         )
 
 
@@ -206,8 +212,7 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes("Café".encode("latin-1"))
     shutil.copytree(models["absolute"], tmp_path / "no_head")
-    config = json.loads((tmp_path / "no_head" / "config.json").read_text())
-    (tmp_path / "no_head" / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    BertForQuestionAnswering.from_pretrained(models["absolute"]).bert.save_pretrained(tmp_path / "no_head")
     for name, content in (("not_json", "{"), ("list", "[1]")):
         shutil.copytree(models["absolute"], tmp_path / name)
         (tmp_path / name / "qa_settings.json").write_text(content)
@@ -217,7 +222,7 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
         ([], "the following arguments are required: MODEL_DIR"),
         ([model, *text, *question, "--jsn"], "unrecognized arguments: --jsn"),
         ([str(tmp_path / "none"), *text, *question], "there is no such folder"),
-        ([str(tmp_path / "no_head"), *text, *question], "holds BertModel, which was not trained to answer questions"),
+        ([str(tmp_path / "no_head"), *text, *question], "no_head lacks qa_outputs.bias, qa_outputs.weight: it was"),
         ([model, "--context_file", str(tmp_path / "none.txt"), *question], "none.txt: cannot be read: No such file"),
         ([model, "--context_file", str(tmp_path / "empty.txt"), *question], "empty.txt: holds no text"),
         ([model, "--context_file", str(tmp_path / "latin1.txt"), *question], "latin1.txt: byte 3: not UTF-8 text"),
