@@ -165,6 +165,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     def _text(self, text: str) -> "Text":
         tokens = self.texts.get(text)
         if tokens is None:
+            text.encode()  # raises for half of a surrogate pair, for which the tokenizer has no words
             encoding = self.backend.encode(text, add_special_tokens=False)
             _, *arrays = token_arrays([text], [encoding])
             tokens = Text(text, encoding, *arrays)

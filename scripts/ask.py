@@ -73,9 +73,8 @@ def ask(args: argparse.Namespace) -> None:
 
     in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for question in [args.question] if args.question is not None else read_questions(args.context_file is None):
-        answers = pipeline(
-            question=question, context=context, top_k=settings["n_best_size"], batch_size=WINDOWS_PER_BATCH
-        )
+        # All that were compared, and "no answer".
+        answers = pipeline(question, context, top_k=settings["n_best_size"] + 1, batch_size=WINDOWS_PER_BATCH)
         n_best = [named(answer) for answer in (answers if isinstance(answers, list) else [answers])]
         shown = n_best[0] | {"n_best": n_best}
         print(json_line(shown) if args.json else show(shown, context, in_color), flush=True)
@@ -145,9 +144,8 @@ def load(model_dir: str, trust_remote_code: bool = False):
     """(model, tokenizer), the model with the position type that its config.json names."""
     if not os.path.isdir(model_dir) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model_dir):
         raise QAError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
-    config = load_model.load_config(model_dir, trust_remote_code=trust_remote_code)
+    model = load_model.load_trained_model(model_dir, trust_remote_code)
     tokenizer = load_model.load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
-    model = load_model.load_model(model_dir, config, complete=True, trust_remote_code=trust_remote_code)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_bert, tiny_questions, with_own_code
-from transformers import BertForQuestionAnswering
+from tiny import read, tiny_bert, with_own_code
+from transformers import AutoTokenizer, BertForQuestionAnswering
 
 import run_squad
 from qa.files import QAError
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
+from qa.question_answering_pipeline import QuestionAnsweringPipeline
 from scripts import ask
 
 ROOT = Path(run_squad.__file__).parent
@@ -40,6 +41,7 @@ def models(tmp_path_factory) -> dict[str, str]:
         for name, weight in model.named_parameters():
             if "LayerNorm" not in name:
                 weight.data *= 20 if "attention" in name else 4
+        model.config.qa_settings = {"max_seq_len": 384}
         model.save_pretrained(models[position_type])
     return models
 
@@ -67,44 +69,30 @@ def give_stdin(monkeypatch, content: str | bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
 
-@pytest.mark.parametrize("position_type, version_2", [("absolute", False), ("relative_key_query", True)])
-def test_answers_are_those_of_the_evaluation(position_type, version_2, models, tmp_path, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(models[position_type], folder)
-    file = tiny_questions(tmp_path / "dev.json", paragraphs=3, version_2=version_2)
-    evaluation = ["--model_name_or_path", str(folder), "--output_dir", str(folder), "--do_eval", "--use_cpu"]
-    evaluation += ["--validation_file", file, *WINDOWS]
-    if version_2:
-        run_squad.main([*evaluation, "--version_2_with_negative"])
-        odds = json.loads((folder / "eval_null_odds.json").read_text()).values()
-        evaluation += ["--version_2_with_negative", "--null_score_diff_threshold", str(sorted(odds)[3] - 0.001)]
-    run_squad.main(evaluation)
-    expected = json.loads((folder / "eval_nbest_predictions.json").read_text())
-    answers = json.loads((folder / "eval_predictions.json").read_text())
-    if version_2:
-        assert 0 < list(answers.values()).count("") < len(answers), "the test needs questions with and without answer"
-
-    for article in json.loads(Path(file).read_text())["data"]:
-        (paragraph,) = article["paragraphs"]
-        text = tmp_path / "text.txt"
-        text.write_text(paragraph["context"])
-        for qa in paragraph["qas"]:
-            (got,) = ask_json(capsys, str(folder), "--context_file", str(text), "--question", qa["question"])
-            assert list(got) == KEYS and got["answer"] == answers[qa["id"]]
-            assert got["n_best"] == [pytest.approx(entry, abs=1e-4) for entry in expected[qa["id"]]]
-            same = [c for c in expected[qa["id"]] if (c["start"], c["end"]) == (got["start"], got["end"])]
-            assert got["probability"] == pytest.approx(sum(c["probability"] for c in same), abs=1e-5)
-
-
-def test_settings_of_a_checkpoint_are_those_of_its_run_unless_given(models, tmp_path, text_file, capsys):
-    shutil.copytree(models["absolute"], tmp_path / "run" / "checkpoint-10")
-    settings = {"max_seq_length": 24, "doc_stride": 8, "n_best_size": 3, "version_2_with_negative": True, "seed": 1}
-    (tmp_path / "run" / "qa_settings.json").write_text(json.dumps(settings))
-    argv = [str(tmp_path / "run" / "checkpoint-10"), "--context_file", text_file, "--question", QUESTIONS[0]]
+def test_it_answers_as_the_pipeline_by_the_settings_of_the_model_unless_given(models, tmp_path, text_file, capsys):
+    folder = shutil.copytree(models["absolute"], tmp_path / "model")
+    argv = [str(folder), "--context_file", text_file, "--question", QUESTIONS[0]]
+    settings = {"max_seq_len": 24, "doc_stride": 8, "n_best_size": 3, "handle_impossible_answer": True}
+    config = read(folder, "config.json") | {"qa_settings": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, tokenizer = (c.from_pretrained(folder) for c in (BertForQuestionAnswering, AutoTokenizer))
+    pipeline = QuestionAnsweringPipeline(model, tokenizer, device="cpu")
+    expected = pipeline(question=QUESTIONS[0], context=TEXT, top_k=4)
     (got,) = ask_json(capsys, *argv)
-    assert None in [candidate["start"] for candidate in got["n_best"]]
-    (got,) = ask_json(capsys, *argv, "--no-version_2_with_negative", "--n_best_size", "9")
-    assert len(got["n_best"]) == 9 and None not in [c["start"] for c in got["n_best"]]
+    assert list(got) == KEYS and got == got["n_best"][0] | {"n_best": got["n_best"]}
+    for entry, answer in zip(got["n_best"], expected, strict=True):
+        assert (entry["answer"], entry["probability"]) == (answer["answer"], pytest.approx(answer["score"], abs=1e-6))
+        span = (answer["start"], answer["end"]) if answer["answer"] else (None, None)
+        assert (entry["start"], entry["end"]) == span
+    assert None in [entry["start"] for entry in got["n_best"]]
+    (got,) = ask_json(capsys, *argv, "--no-version_2_with_negative", "--n_best_size", "9", "--max_answer_length", "1")
+    assert None not in [entry["start"] for entry in got["n_best"]] and " " not in got["answer"]
+
+    del config["qa_settings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    ask.main([*argv, *WINDOWS])
+    assert "config.json of" in (err := capsys.readouterr().err) and "run_squad.py's defaults are taken" in err
 
 
 def test_text_and_questions_come_from_a_file_flags_or_standard_input(model, text_file, monkeypatch, capsys):
@@ -150,12 +138,16 @@ def test_a_long_text_is_kept_in_no_file(model, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_model_with_code_of_its_own(models, tmp_path, text_file, capsys):
-    """The tokenizer, too: see test_check_data.py."""
-    shutil.copytree(models["absolute"], tmp_path / "own")
-    folder = with_own_code(tmp_path / "own")
+def test_a_model_with_code_of_its_own_or_without_architectures(models, tmp_path, text_file, capsys):
     argv = ["--context_file", text_file, "--question", QUESTIONS[0], *WINDOWS]
-    assert ask_json(capsys, folder, *argv, "--trust_remote_code") == ask_json(capsys, models["absolute"], *argv)
+    expected = ask_json(capsys, models["absolute"], *argv)
+    shutil.copytree(models["absolute"], tmp_path / "own")
+    config = read(tmp_path, "own", "config.json")
+    del config["architectures"]
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    assert ask_json(capsys, str(tmp_path / "own"), *argv) == expected
+    folder = with_own_code(tmp_path / "own")
+    assert ask_json(capsys, folder, *argv, "--trust_remote_code") == expected
     with pytest.raises(SystemExit):
         ask.main([folder, *argv])
     assert "contains custom code" in capsys.readouterr().err
@@ -189,7 +181,7 @@ def test_each_console_shows_what_it_has_letters_for(flags, model, tmp_path, monk
     assert "Łódź" in everything and "…" in everything and "\x9b" not in everything
     if flags:
         (line,) = everything.splitlines()
-        assert context in [candidate["text"] for candidate in json.loads(line)["n_best"]]
+        assert context in [candidate["answer"] for candidate in json.loads(line)["n_best"]]
     for encoding in ("cp1252", "ascii"):
         lacking = printed(encoding)
         # What is not UTF-8 is no JSON, save ASCII.
@@ -208,29 +200,23 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes("Café".encode("latin-1"))
     shutil.copytree(models["absolute"], tmp_path / "no_head")
-    config = json.loads((tmp_path / "no_head" / "config.json").read_text())
-    (tmp_path / "no_head" / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
-    for name, content in (("not_json", "{"), ("list", "[1]")):
-        shutil.copytree(models["absolute"], tmp_path / name)
-        (tmp_path / name / "qa_settings.json").write_text(content)
+    BertForQuestionAnswering.from_pretrained(models["absolute"]).bert.save_pretrained(tmp_path / "no_head")
     question = ["--question", "who ?"]
     text = ["--context_file", text_file]
     for argv, message in [
         ([], "the following arguments are required: MODEL_DIR"),
         ([model, *text, *question, "--jsn"], "unrecognized arguments: --jsn"),
         ([str(tmp_path / "none"), *text, *question], "there is no such folder"),
-        ([str(tmp_path / "no_head"), *text, *question], "holds BertModel, which was not trained to answer questions"),
+        ([str(tmp_path / "no_head"), *text, *question], "no_head lacks qa_outputs.bias, qa_outputs.weight: it was"),
         ([model, "--context_file", str(tmp_path / "none.txt"), *question], "none.txt: cannot be read: No such file"),
         ([model, "--context_file", str(tmp_path / "empty.txt"), *question], "empty.txt: holds no text"),
         ([model, "--context_file", str(tmp_path / "latin1.txt"), *question], "latin1.txt: byte 3: not UTF-8 text"),
-        ([model, *text, "--question", " "], "the question is empty"),
+        ([model, *text, "--question", " "], "`question` is empty"),
         ([model, *text, "--question", "\udcff?"], "codec can't encode character"),
         ([absolute, *text, *question], "--max_seq_length is 384, but the model has positions for 64"),
         ([absolute, *text, *question], "relative positions (position_embedding_type relative_key"),
-        ([model, *text, *question, "--max_seq_length", "24", "--doc_stride", "24"], "--doc_stride 24 would leave"),
-        ([model, *text, *question, *WINDOWS, "--n_best_size", "0"], "--n_best_size is 0"),
-        ([str(tmp_path / "not_json"), *text, *question], "qa_settings.json: is not a JSON object"),
-        ([str(tmp_path / "list"), *text, *question], "qa_settings.json: is not a JSON object"),
+        ([model, *text, *question, "--max_seq_length", "24", "--doc_stride", "24"], "doc_stride 24 would leave"),
+        ([model, *text, *question, *WINDOWS, "--n_best_size", "0"], "n_best_size is 0"),
         ([model, *text, *question, "--n_best_size", "x"], "--n_best_size: invalid int value: 'x'"),
     ]:
         capsys.readouterr()
@@ -283,7 +269,7 @@ def test_sentence_is_a_part_of_the_text(context, start, length):
 def test_show():
     context = "Ivan was a cook. Clara worked\nas a singer."
     candidates = [("singer", 0.5, 35, 41), ("cook", 0.2, 11, 15), ("", 0.15, None, None), ("cook", 0.1, 11, 15)]
-    n_best = [{"text": t, "probability": p, "start": s, "end": e} for t, p, s, e in candidates]
+    n_best = [{"answer": t, "probability": p, "start": s, "end": e} for t, p, s, e in candidates]
     answer = {"answer": "singer", "probability": 0.5, "start": 35, "end": 41, "n_best": n_best}
     assert ask.show(answer, context, in_color=False).splitlines() == [
         "singer  (probability 0.50)",
@@ -303,7 +289,7 @@ def test_show():
 
 
 def test_a_long_runner_up_is_cut():
-    n_best = [{"text": text, "probability": 0.5, "start": 0, "end": 2} for text in ("no", "very " * 40 + "long")]
+    n_best = [{"answer": text, "probability": 0.5, "start": 0, "end": 2} for text in ("no", "very " * 40 + "long")]
     answer = {"answer": "no", "probability": 0.5, "start": 0, "end": 2, "n_best": n_best}
     assert ask.show(answer, "no", in_color=False).splitlines()[-1] == "    0.50  " + "very " * 15 + "very "
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_bert, tiny_questions
+from tiny import tiny_bert, tiny_questions, with_own_code
 
 import run_squad
 
@@ -126,4 +126,9 @@ def test_each_error_is_one_line(inputs, tmp_path, capsys):
     assert "none.json: cannot be read" in refusal(tmp_path / "none.json")
     assert "--doc_stride 300 would leave tokens" in refusal(inputs / "dev.json", *FLAGS[:2], "--doc_stride", 300)
     assert "max_answer_length" in refusal(inputs / "dev.json", "--max_answer_length", 0)
+    tiny_bert(tmp_path)
+    own = with_own_code(tmp_path)
+    assert "contains custom code" in refusal(inputs / "dev.json", model=own)
+    check_data.main([str(inputs / "dev.json"), "--model_name_or_path", own, "--trust_remote_code"])
+    assert "6 questions" in capsys.readouterr().out
     assert "nowhere" in refusal(inputs / "dev.json", model=tmp_path / "nowhere")
