@@ -1,10 +1,11 @@
-"""Does a saved model with relative positions load, answer and train alike in every transformers 5? A line for each.
+"""Does a saved model load, train and answer through its pipeline alike in every transformers 5? A line for each.
 
 python scripts/check_versions.py [--versions 5.0.0 5.24.0]
 
 Saves small models, and loads them in each version, which gets an environment of its own with all other packages from
-the one that runs this: the code beside the weights (transformers 4 needs none) must give the same logits, loss and
-gradients. Exit status 1 if any line is not ok.
+the one that runs this: the code beside the weights (transformers 4 needs none) must give the same logits, loss,
+gradients and answers. Where transformers has a question-answering pipeline of its own (before 5.3), that must go on
+without trust_remote_code for the model with absolute positions. Exit status 1 if any line is not ok.
 """
 
 import argparse
@@ -22,7 +23,15 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertTokenizer
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertTokenizer,
+    pipeline,
+)
+from transformers.pipelines import get_supported_tasks
 
 VERSIONS = (  # of each minor one or more
     "5.0.0 5.1.0 5.2.0 5.3.0 5.4.0 5.5.4 5.6.2 5.7.0 5.8.1 5.9.0 5.10.4 5.11.0 5.12.1 5.13.1 5.14.1 5.15.1 5.16.1 "
@@ -31,6 +40,7 @@ VERSIONS = (  # of each minor one or more
 TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "paris")
 SIZES = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 SIZES |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+ASKED = {"question": ["paris ?", "[extra] paris"], "context": 20 * "paris [extra] ", "top_k": 5}
 TOLERANCE = 1e-4  # of the norm of the logits, the loss or a gradient
 
 
@@ -60,7 +70,10 @@ def check_version(version: str, environments: Path, folder: Path) -> bool:
     how = "without" if version.startswith("4.") else "with"
     says = "FAILED  " + "; ".join(report["failures"])
     if not report["failures"]:
-        says = f"ok      {how} trust_remote_code, logits differ by {report['difference']:.0e}"
+        pipelines = " and ".join(dict.fromkeys(report["pipelines"]))
+        says = (
+            f"ok      {how} trust_remote_code, logits differ by {report['difference']:.0e}; asked {pipelines} pipeline"
+        )
     print(f"{version:<8} {says}", flush=True)
     return not report["failures"]
 
@@ -91,24 +104,29 @@ def output_of(command: list[str], **settings) -> str:
 
 
 def save_models(folder: Path) -> None:
-    """A model of each relative type, one with positions resized from 16 to 40, one as Google names weights."""
+    """A model of each position type, one with positions resized from 16 to 40, one as Google names weights."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from qa.load_model import rename_extra_special_tokens, resize_position_embeddings
     from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
+    from qa.question_answering_pipeline import QuestionAnsweringPipeline
 
     transformers.logging.disable_progress_bar()
     tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(TOKENS)})
     tokenizer.add_special_tokens({"extra_special_tokens": ["[extra]"]})
-    for name, positions in (("relative_key", 40), ("relative_key_query", 40), ("relative_key_query resized", 16)):
+    resized = "relative_key_query resized"
+    for name, positions in (("absolute", 40), ("relative_key", 40), ("relative_key_query", 40), (resized, 16)):
         settings = dict(max_position_embeddings=positions, position_embedding_type=name.split()[0])
         torch.manual_seed(0)
-        model = RelativeBertForQuestionAnswering(BertConfig(**SIZES, **settings))
+        model_class = BertForQuestionAnswering if name == "absolute" else RelativeBertForQuestionAnswering
+        model = model_class(BertConfig(**SIZES, **settings)).eval()
         for key, parameter in model.named_parameters():  # weights so large that every one of them counts
             mean = 1.0 if key.endswith("LayerNorm.weight") else 0.0
             torch.nn.init.normal_(parameter, mean, std=1.0 if "embedding" in key else 0.3)
         resize_position_embeddings(model, tokenizer, 40)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        model.config.qa_settings = {"max_seq_len": 24, "doc_stride": 8}
+        asked = QuestionAnsweringPipeline(model, tokenizer, device="cpu")
+        asked.save_pretrained(folder / name)
+        (folder / name / "answers.json").write_text(json.dumps(asked(**ASKED)))
         rename_extra_special_tokens(folder / name)
         save_file(results(model), folder / name / "expected.safetensors")
 
@@ -127,10 +145,12 @@ def check_folder(folder: Path) -> dict:
     """The checks of all that `save_models` has saved; failures are in words."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    report = {"transformers": transformers.__version__, "failures": [], "difference": 0.0}
+    report = {"transformers": transformers.__version__, "failures": [], "difference": 0.0, "pipelines": []}
     for saved, attention in itertools.product(sorted(folder.iterdir()), ("eager", "sdpa")):
         try:
             report["difference"] = max(report["difference"], check_model(saved, attention))
+            if attention == "sdpa":
+                report["pipelines"] += check_pipelines(saved)
         except Exception as error:
             words = " ".join(f"{saved.name}, {attention}: {type(error).__name__}: {error}".split())
             report["failures"].append(words)
@@ -143,7 +163,7 @@ def check_model(saved: Path, attention: str) -> float:
     settings = {"attn_implementation": attention} | ({} if is_4 else {"trust_remote_code": True})
     expected = load_file(saved / "expected.safetensors")
     model = AutoModelForQuestionAnswering.from_pretrained(saved, **settings)
-    if not is_4:
+    if not is_4 and saved.name != "absolute":
         check("transformers_modules" in type(model).__module__, f"{type(model)} is not from beside the weights")
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         check(frozen == ["bert.embeddings.position_embeddings.weight"], f"the parameters without gradient are {frozen}")
@@ -154,7 +174,8 @@ def check_model(saved: Path, attention: str) -> float:
     with tempfile.TemporaryDirectory() as again:
         model.save_pretrained(again)
         names = load_file(Path(again, "model.safetensors")).keys() - model.state_dict().keys()
-        check(not names, f"saves weights under other names: {sorted(names)}")
+        # transformers' own BERT does before 5.3.
+        check(not names or saved.name == "absolute", f"saves weights under other names: {sorted(names)}")
         model_again = AutoModelForQuestionAnswering.from_pretrained(again, **settings)
     compare(results(model_again), expected, "saved and loaded again")
     for reentrant in (False, True):
@@ -168,6 +189,23 @@ def check_model(saved: Path, attention: str) -> float:
         expected_shapes = 2 * [(3, 2, 23, 23)] + 3 * [(3, 23, 32)]
         check(shapes == expected_shapes, f"attentions and hidden states have shapes {shapes}")
     return (results(model)["start_logits"] - expected["start_logits"]).abs().max().item()
+
+
+def check_pipelines(saved: Path) -> list[str]:
+    """Asks through the pipelines that there are, and names them."""
+    checked = []
+    if "question-answering" in get_supported_tasks() and saved.name == "absolute":
+        answer = pipeline("question-answering", model=str(saved), device="cpu")(question="paris ?", context="paris")
+        check(answer["answer"] == "paris", f"transformers' own pipeline answers {answer}")
+        checked.append("transformers' own")
+    if not transformers.__version__.startswith("4."):
+        answers = pipeline(model=str(saved), trust_remote_code=True, device="cpu")(**ASKED)
+        expected = json.loads((saved / "answers.json").read_text())
+        for got, wanted in zip(sum(answers, []), sum(expected, []), strict=True):
+            same = abs(got.pop("score") - wanted.pop("score")) < TOLERANCE and got == wanted
+            check(same, f"the pipeline answers {got}, not {wanted}")
+        checked.append("the model's")
+    return checked
 
 
 def check(condition: bool, failure: str) -> None:
