@@ -35,6 +35,7 @@ from qa.legacy_flags import parse_flags
 from qa.load_model import (
     POSITION_EMBEDDING_TYPES,
     check_length,
+    fit_token_types,
     load_config,
     load_model,
     load_tokenizer,
@@ -65,6 +66,9 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "A folder or the name of a model on the hub."})
     config_name: str | None = field(default=None, metadata={"help": "Another configuration than the model's own."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Another tokenizer than the model's own."})
+    do_lower_case: bool | None = field(
+        default=None, metadata={"help": "Whether a tokenizer lower-cases text whose folder does not say it."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where models, datasets and features are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
     token: str | None = field(default=None, metadata={"help": "Token for the hub, instead of `hf auth login`'s."})
@@ -223,7 +227,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     source = {field: getattr(model_args, field) for field in ("token", "cache_dir", "trust_remote_code")}
     source["revision"] = model_args.model_revision
     config = load_config(name, model_args.position_embedding_type, config_name=model_args.config_name, **source)
-    tokenizer = load_tokenizer(model_args.tokenizer_name or name, **source)
+    tokenizer = load_tokenizer(model_args.tokenizer_name or name, model_args.do_lower_case, **source)
     examples, answer_changes = read_examples(model_args, data_args, training_args)
     features = make_windows(examples, tokenizer, data_args, training_args)
 
@@ -237,6 +241,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     else:
         model = load_model(name, config, complete=not training_args.do_train, **source)
     resize_position_embeddings(model, tokenizer, data_args.max_seq_length)
+    fit_token_types(model, tokenizer)
     check_length(data_args.max_seq_length, model, tokenizer)
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
     log_summary(model, data_args, training_args)

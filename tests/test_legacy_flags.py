@@ -85,7 +85,7 @@ TRANSLATED = {
     "--per_gpu_eval_batch_size 2 --per_device_eval_batch_size 2": "--per_device_eval_batch_size 2",
 }
 # Flags that no number depends on: what they chose is decided elsewhere, or not at all.
-IGNORED = """model_type do_lower_case use_fast verbose_logging use_legacy_prediction_loop jit_mode_eval ray_scope
+IGNORED = """model_type use_fast verbose_logging use_legacy_prediction_loop jit_mode_eval ray_scope
 use_mps_device use_ipex tpu_num_cores mp_parameters""".split()
 # What was typed -> what the error names instead.
 REFUSED = {
@@ -298,7 +298,7 @@ WRONG = {
     "--data_dir D --dataset_name squad": "--data_dir: --dataset_name is given too: keep one of them",
     "--no_cuda maybe": "--no_cuda: Truthy value expected",
     "--per_gpu_train_batch_size 2 3": "--per_gpu_train_batch_size takes one value",
-    "--do_lower_case stray 1": "--do_lower_case takes one value",
+    "--use_fast stray 1": "--use_fast takes one value",
     "--warmup_ratio -0.1": "--warmup_ratio: a warm-up ratio of -0.1 does not lie between 0 and 1",
     "--warmup_ratio nan": "--warmup_ratio: a warm-up ratio of nan does not lie",
     "--warmup_ratio x": "--warmup_ratio: could not convert",

@@ -12,7 +12,13 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import read, tiny_bert, tiny_questions
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+)
 
 import run_squad
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
@@ -139,6 +145,17 @@ def test_classifier_of_three_classes_is_a_start(inputs, command, tmp_path):
     flags = "--do_train --train_file {train} --tokenizer_name {absolute} --max_steps 1"
     run_squad.main(command(tmp_path / "out", flags, "nli", nli=tmp_path / "nli"))
     assert read(tmp_path / "out", "config.json")["architectures"] == ["BertForQuestionAnswering"]
+
+
+def test_a_vocabulary_of_no_stated_case_and_a_model_of_one_token_type(inputs, command, tmp_path):
+    config = BertConfig.from_pretrained(inputs["absolute"], type_vocab_size=1)
+    BertForQuestionAnswering(config).save_pretrained(tmp_path / "one_type")
+    vocabulary = BertTokenizerFast.from_pretrained(inputs["absolute"]).get_vocab()
+    (tmp_path / "one_type" / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+    flags = "--do_train --do_eval --train_file {train} --validation_file {dev} --max_steps 1 --do_lower_case False"
+    run_squad.main(command(tmp_path / "out", flags, "one_type", one_type=tmp_path / "one_type"))
+    saved = read(tmp_path, "out", "tokenizer_config.json")
+    assert saved["do_lower_case"] is False and saved["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_configuration_alone_brings_no_tokenizer(inputs, trained, command, tmp_path):
