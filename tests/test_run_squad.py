@@ -349,10 +349,11 @@ def test_results_that_are_not_json_are_refused_before_the_work(command, tmp_path
     run_squad.main(command(tmp_path, "--do_train --train_file {train} --max_steps 1"))
     results = read(file)
     assert results["eval_f1"] == f1 and results["train_samples"] == 12
+    (tmp_path / "eval_results.json").unlink()
     for content in ("f1: 80", "[]"):
         file.write_text(content)
         assert f"{file}: cannot be read as a JSON object" in refusal(capsys, evaluate)
-        assert file.read_text() == content
+        assert file.read_text() == content and not (tmp_path / "eval_results.json").exists()
 
 
 def test_more_epochs_are_a_new_run_from_the_weights(copy, command, tmp_path, capsys):
