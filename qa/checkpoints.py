@@ -187,7 +187,7 @@ def plan_run(training_args, settings: dict, restarted: bool) -> tuple[bool, str 
     elif restarted or not training_args.overwrite_output_dir:
         state = read_json(file)
         otherwise = (
-            "another --output_dir (there --model_name_or_path CHECKPOINT trains on from a checkpoint's weights), or "
+            "another --output_dir (with --model_name_or_path CHECKPOINT to train on from its weights), or "
             "--overwrite_output_dir to start anew"
         )
         check_settings(state["settings"], settings, folder, otherwise)
