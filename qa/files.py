@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -37,7 +38,11 @@ def told_in_one_line(what: str) -> Iterator[None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line, without the usage."""
+    """Errors are one line, without the usage, and ~ is a home folder (but in arguments of type=str)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register("type", None, os.path.expanduser)
 
     def error(self, message: str) -> NoReturn:
         self.refuse(f"{message} (--help shows all flags)")
@@ -75,3 +80,14 @@ def write_text(path: str | os.PathLike, pieces: Iterable[str]) -> None:
 def write_json(path: str | os.PathLike, obj) -> None:
     """Writes `obj` as JSON (indent 4, ASCII), as `write_text` does. Raises ValueError for NaN and infinity."""
     write_text(path, [json.dumps(obj, indent=4, allow_nan=False), "\n"])
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file. Raises QAError that names the file where it holds none, or cannot be read."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (OSError, ValueError) as error:
+        raise QAError(f"{path}: cannot be read as a JSON object ({one_line(error)}): move it away") from error
+    return content

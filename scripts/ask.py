@@ -89,7 +89,7 @@ def make_parser() -> OneLineParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model, or its name on the hub")
     parser.add_argument("--context_file", metavar="FILE", help="text to ask about; by default standard input")
-    parser.add_argument("--question", help="by default questions are read one a line, until the end of input")
+    parser.add_argument("--question", type=str, help="by default questions are read one a line, until the end of input")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
     for setting in (*fields(WindowSettings), *fields(AnswerSettings)):
         how = {"action": argparse.BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
