@@ -90,6 +90,6 @@ def write_json(path: str | os.PathLike, obj) -> None:
 def json_line(obj) -> str:
     """`obj` as JSON to print, in one line: letters as they are where standard output is UTF-8, else in ASCII."""
     is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
-    # Of control characters, which could command the terminal or end the line, JSON escapes those of ASCII only.
+    # Control characters that JSON leaves as they are; they could command the terminal, or end the line.
     escape = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
     return json.dumps(obj, ensure_ascii=not is_utf8).translate(escape)
