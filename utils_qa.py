@@ -303,6 +303,7 @@ class AnswerSearch:
             by_token = column(features, f"char_{name}s")
             token = self.results[name][window, rank] - self.context_start[window]
             characters[i, spans] = by_token.values.to_numpy()[by_token.offsets.to_numpy()[window - low] + token]
+        characters[1] = characters.max(axis=0)  # a span of white space alone ends before it starts
         return characters
 
 
