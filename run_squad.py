@@ -89,7 +89,7 @@ class DataTrainingArguments(AnswerSettings, WindowSettings):
 
     _argument_group_name = "questions and answers"
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the hub, such as squad."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the hub, such as squad, or a folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     train_file: str | None = field(default=None, metadata={"help": "File to train on, in one of SQuAD's layouts."})
     validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})

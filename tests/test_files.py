@@ -12,9 +12,10 @@ from scripts import ask
 
 
 def test_json_takes_no_nan_and_keeps_the_old_file(tmp_path):
-    write_json(tmp_path / "x.json", {"é": [1, None]})
-    text = (tmp_path / "x.json").read_text()
-    assert text == json.dumps({"é": [1, None]}, indent=4) + "\n"
+    value = {"é": [1, None], "a file of Latin 1": os.fsdecode("ł".encode("latin2"))}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value and '"é": [\n' in text
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"f1": math.nan})
     assert os.listdir(tmp_path) == ["x.json"] and (tmp_path / "x.json").read_text() == text
