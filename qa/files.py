@@ -9,6 +9,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -40,10 +41,14 @@ def told_in_one_line(what: str) -> Iterator[None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line, without the usage. And what is printed is printed, whatever letters the console lacks."""
+    """Errors are one line, without the usage, and ~ is a home folder (but in arguments of type=str).
+
+    And what is printed is printed, whatever letters the console lacks.
+    """
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
+        self.register("type", None, os.path.expanduser)
         if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's, which lacks none
             sys.stdout.reconfigure(errors="backslashreplace")  # as standard error
 
@@ -90,6 +95,17 @@ def write_json(path: str | os.PathLike, obj) -> None:
 def json_line(obj) -> str:
     """`obj` as JSON to print, in one line: letters as they are where standard output is UTF-8, else in ASCII."""
     is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
-    # Of control characters, which could command the terminal or end the line, JSON escapes those of ASCII only.
+    # Control characters that JSON leaves as they are; they could command the terminal, or end the line.
     escape = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
     return json.dumps(obj, ensure_ascii=not is_utf8).translate(escape)
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file. Raises QAError that names the file where it holds none, or cannot be read."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (OSError, ValueError) as error:
+        raise QAError(f"{path}: cannot be read as a JSON object ({one_line(error)}): move it away") from error
+    return content

@@ -116,6 +116,9 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         for name, value in at_least_1.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, must be 1 or more")
+        longest = absolute_positions(self.model)
+        if max_seq_len is not None and longest is not None and max_seq_len > longest:
+            raise ValueError(f"max_seq_len is {max_seq_len}, but the model has positions for {longest} tokens only")
         settings = {
             **at_least_1,
             "handle_impossible_answer": handle_impossible_answer,
@@ -260,6 +263,18 @@ def save_code(folder: str | Path) -> None:
 
 
 # ---- Texts to windows ----
+
+
+def absolute_positions(model) -> int | None:
+    """For how many tokens the model has a table of absolute positions; None where it has none (ModernBERT, T5)."""
+    for name, module in model.base_model.named_modules():
+        rows = getattr(module, "weight", None)
+        leaf = name.rpartition(".")[2]
+        if rows is not None and ("position" in leaf or leaf == "wpe"):
+            padding_idx = getattr(module, "padding_idx", None)
+            before = 0 if padding_idx is None else padding_idx + 1  # RoBERTa counts positions from there
+            return min(len(rows), getattr(model.config, "max_position_embeddings", len(rows))) - before
+    return None
 
 
 def plain_backend(tokenizer) -> tokenizers.Tokenizer:

@@ -68,6 +68,7 @@ def ask(args: argparse.Namespace) -> None:
     given = {theirs: getattr(args, ours) for ours, theirs in load_model.PIPELINE_SETTINGS.items()}
     settings = trained_settings(model.config) | {name: value for name, value in given.items() if value is not None}
     load_model.resize_position_embeddings(model, tokenizer, settings["max_seq_len"])
+    load_model.fit_token_types(model, tokenizer)
     load_model.check_length(settings["max_seq_len"], model, tokenizer)
     pipeline = QuestionAnsweringPipeline(model, tokenizer, device=model.device, **settings)
 
@@ -94,7 +95,7 @@ def make_parser() -> OneLineParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model, or its name on the hub")
     parser.add_argument("--context_file", metavar="FILE", help="text to ask about; by default standard input")
-    parser.add_argument("--question", help="by default questions are read one a line, until the end of input")
+    parser.add_argument("--question", type=str, help="by default questions are read one a line, until the end of input")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow code kept with the model to run here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
     for setting in (*fields(WindowSettings), *fields(AnswerSettings)):

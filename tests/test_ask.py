@@ -184,12 +184,10 @@ def test_each_console_shows_what_it_has_letters_for(flags, model, tmp_path, monk
         assert context in [candidate["answer"] for candidate in json.loads(line)["n_best"]]
     for encoding in ("cp1252", "ascii"):
         lacking = printed(encoding)
-        # What is not UTF-8 is no JSON, save ASCII.
-        assert (
-            lacking.isascii() and json.loads(lacking) == json.loads(everything)
-            if flags
-            else (lacking == everything.encode(encoding, "backslashreplace").decode(encoding))
-        )
+        if flags:  # JSON is UTF-8, of which ASCII is a part
+            assert lacking.isascii() and json.loads(lacking) == json.loads(everything)
+        else:
+            assert lacking == everything.encode(encoding, "backslashreplace").decode(encoding)
 
 
 # ---- Errors ----
