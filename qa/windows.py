@@ -14,13 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetInfo, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from qa.columns import Texts, column, distinct_texts, lists, write_arrow
@@ -71,7 +70,8 @@ def make_features(
     answer_length int32, of the shortest gold answer in the whole context, 0 where there is none.
 
     `num_proc` processes tokenize and change nothing. The result is read from the cache next to `examples` unless
-    `overwrite_cache`. Raises QAError: no questions, or a doc_stride that leaves tokens uncovered.
+    `overwrite_cache`; of examples in memory it is in memory. Raises QAError: no questions, or a doc_stride that leaves
+    tokens uncovered.
     """
     if len(examples) == 0:
         raise QAError("there is no question to make features of")
@@ -80,17 +80,21 @@ def make_features(
     questions = questions._replace(distinct=pc.utf8_ltrim_whitespace(questions.distinct))
     answers = column(examples, "answers") if "answers" in examples.column_names else None
 
-    files = examples.cache_files
-    folder = os.path.dirname(files[0]["filename"]) if files else datasets.config.HF_DATASETS_CACHE
-    path = os.path.join(folder, f"cache-features-{_cache_key(contexts, questions, answers, tokenizer, windows)}.arrow")
-    if overwrite_cache or not os.path.exists(path):
+    path = None
+    if files := examples.cache_files:
+        key = _cache_key(contexts, questions, answers, tokenizer, windows)
+        path = os.path.join(os.path.dirname(files[0]["filename"]), f"cache-features-{key}.arrow")
+    if path is None or overwrite_cache or not os.path.exists(path):
         context_tokens = _tokenize(contexts, tokenizer, num_proc, f"{desc} (contexts)")
         question_tokens = _tokenize(questions, tokenizer, num_proc, f"{desc} (questions)")
         unknown = np.count_nonzero(context_tokens.ids == tokenizer.unk_token_id) / max(len(context_tokens.ids), 1)
         if unknown > UNKNOWN_SHARE:
             unread = f"{unknown:.1%} of the contexts' tokens are {tokenizer.unk_token}, of which a model reads nothing"
             logger.warning(f"{unread}: use one whose tokenizer is of their language and case")
-        write_arrow(path, *_feature_tables(context_tokens, question_tokens, answers, tokenizer, windows))
+        features, tables = _feature_tables(context_tokens, question_tokens, answers, tokenizer, windows)
+        if path is None:
+            return Dataset(pa.concat_tables(tables).cast(features.arrow_schema), DatasetInfo(features=features))
+        write_arrow(path, features, tables)
     return Dataset.from_file(path)
 
 
