@@ -140,6 +140,7 @@ def load(model_dir: str, trust_remote_code: bool = False):
         raise QAError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
     model = load_model.load_trained_model(model_dir, trust_remote_code)
     tokenizer = load_model.load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    load_model.fit_token_types(model, tokenizer)
     return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
