@@ -248,6 +248,7 @@ OLD_FLAGS: dict[str, Translation] = {
     "config_name": unless_empty("config_name"),
     "tokenizer_name": unless_empty("tokenizer_name"),
     "cache_dir": unless_empty("cache_dir"),
+    "do_lower_case": switch("do_lower_case", on="True", off="False"),
     "use_fast": ignored("the tokenizer is always a fast one"),
     "lang_id": refused("use a model without language ids, such as FacebookAI/xlm-roberta-base"),
     "verbose_logging": ignored("what is left out of the data is always logged; --log_level chooses the rest"),

@@ -242,7 +242,7 @@ class Text:
             start, end = self.encoding.word_to_chars(first_word)[0], self.encoding.word_to_chars(last_word)[1]
             words = self.text[start:end]
             start, end = end - len(words.lstrip()), start + len(words.rstrip())
-        return start, end
+        return start, max(start, end)  # a span of white space alone ends before it starts
 
 
 def trained_settings(config) -> dict:

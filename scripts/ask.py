@@ -68,7 +68,6 @@ def ask(args: argparse.Namespace) -> None:
     given = {theirs: getattr(args, ours) for ours, theirs in load_model.PIPELINE_SETTINGS.items()}
     settings = trained_settings(model.config) | {name: value for name, value in given.items() if value is not None}
     load_model.resize_position_embeddings(model, tokenizer, settings["max_seq_len"])
-    load_model.fit_token_types(model, tokenizer)
     load_model.check_length(settings["max_seq_len"], model, tokenizer)
     pipeline = QuestionAnsweringPipeline(model, tokenizer, device=model.device, **settings)
 
@@ -147,6 +146,7 @@ def load(model_dir: str, trust_remote_code: bool = False):
         raise QAError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
     model = load_model.load_trained_model(model_dir, trust_remote_code)
     tokenizer = load_model.load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    load_model.fit_token_types(model, tokenizer)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 

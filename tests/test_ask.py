@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import read, tiny_bert, with_own_code
-from transformers import AutoTokenizer, BertForQuestionAnswering
+from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 import run_squad
 from qa.files import QAError
@@ -67,6 +67,13 @@ def ask_json(capsys, *argv: str) -> list[dict]:
 def give_stdin(monkeypatch, content: str | bytes) -> None:
     content = content.encode() if isinstance(content, str) else content
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def test_a_model_of_one_token_type_is_asked_without(models, tmp_path, text_file, capsys):
+    folder = shutil.copytree(models["absolute"], tmp_path / "one_type")
+    BertForQuestionAnswering(BertConfig.from_pretrained(folder, type_vocab_size=1)).save_pretrained(folder)
+    (answer,) = ask_json(capsys, str(folder), "--context_file", text_file, "--question", QUESTIONS[0], *WINDOWS)
+    assert answer["answer"] in " ".join(TEXT.split())
 
 
 def test_it_answers_as_the_pipeline_by_the_settings_of_the_model_unless_given(models, tmp_path, text_file, capsys):
