@@ -50,8 +50,8 @@ def load_config(name: str, position_embedding_type: str | None = None, config_na
         if "`model_type` key" not in str(error):
             raise
         raise QAError(
-            f'the config.json of {config_name or name} has no model_type: add it (such as "model_type": "bert") to the '
-            "file, or to a copy that --config_name names"
+            f"cannot load a configuration from {config_name or name}: there is no config.json, or it has no "
+            'model_type: add it (such as "model_type": "bert"), or give a file that has it as --config_name'
         ) from error
     own_class = (getattr(config, "auto_map", None) or {}).get("AutoModelForQuestionAnswering", "")
     ours = own_class.endswith(f".{RelativeBertForQuestionAnswering.__name__}")

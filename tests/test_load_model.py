@@ -214,7 +214,7 @@ def test_configurations_that_do_not_say_what_to_build(tmp_path):
         load_config(folder)
     del config["model_type"]
     Path(folder, "config.json").write_text(json.dumps(config))
-    with pytest.raises(QAError, match=r'has no model_type: add it \(such as "model_type": "bert"\) to the file'):
+    with pytest.raises(QAError, match=r'it has no model_type: add it \(such as "model_type": "bert"\)'):
         load_config(folder)
 
 
