@@ -37,7 +37,7 @@ from utils_qa import AnswerSearch, AnswerSettings, squad_scores  # noqa: E402
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OUTPUTS = ("start_logits", "end_logits")
 LARGEST_DIFFERENCE = 1e-3  # of logits; rounding makes some 1e-5
-WINDOWS_PER_BATCH = 64
+WINDOWS_PER_BATCH = 16
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,8 +77,8 @@ def export(args: argparse.Namespace) -> None:
     load_model.check_length(windows.max_seq_length, model, tokenizer)
     if args.validation_file:
         examples = read_squad_file(args.validation_file)
-        # Without labels: a batch is what the model takes, and nothing else.
-        features = make_features(examples.select_columns(["id", "context", "question"]), tokenizer, windows)
+        without_labels = examples.select_columns(["id", "context", "question"])
+        features = make_features(without_labels, tokenizer, windows)
 
     runs = {args.model_dir: run_of_model(model)}
     lengths = (1, windows.max_seq_length // 2 + 1, windows.max_seq_length)
@@ -107,7 +107,7 @@ def export(args: argparse.Namespace) -> None:
     if args.validation_file:
         for name, run in runs.items():
             f1, speed = evaluate(run, examples, features, tokenizer, answers)
-            print(f"{name}: f1 {f1:.2f}, {speed:.0f} windows a second", flush=True)
+            print(f"{name}: f1 {f1:.2f}, {speed:.1f} windows a second", flush=True)
 
 
 def sample(tokenizer, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -122,7 +122,7 @@ def sample(tokenizer, batch: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def write_onnx(model, batch: dict[str, torch.Tensor], file: Path) -> None:
-    """`batch`: of more than one sequence and token, since sizes of 1 would be those of the graph."""
+    """`batch`: of more than one sequence and token; a size of 1 would be the graph's."""
     taken = inspect.signature(model.forward).parameters
     batch = {name: tensor for name, tensor in batch.items() if name in taken}
     shapes = dict.fromkeys(batch, {0: "batch", 1: "length"})

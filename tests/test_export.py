@@ -39,7 +39,7 @@ def test_files_answer_as_the_model_does(make_model, tmp_path, capsys):
     difference = re.fullmatch(rf"{file}: 0\.\d MB, logits differ from the model's by at most (\S+)", size)[1]
     int8_difference = re.fullmatch(rf"{int8_file}: 0\.\d MB, logits .* by at most (\S+)", int8_size)[1]
     assert float(difference) < 1e-5 < float(int8_difference) < 0.1
-    patterns = [rf"{name}: f1 (\d+\.\d\d), \d+ windows a second" for name in (model, file, int8_file)]
+    patterns = [rf"{name}: f1 (\d+\.\d\d), \d+\.\d windows a second" for name in (model, file, int8_file)]
     f1s = [re.fullmatch(pattern, line)[1] for pattern, line in zip(patterns, scores, strict=True)]
     assert f1s[0] == f1s[1]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["dev.onnx", "dev_int8.onnx"]
