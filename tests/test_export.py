@@ -1,13 +1,12 @@
 """scripts/export_onnx.py: files that answer as the model does, and what it refuses."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_bert, tiny_questions
-from transformers import AutoTokenizer, DistilBertConfig, DistilBertForQuestionAnswering
+from transformers import AutoTokenizer, BertModel, DistilBertConfig, DistilBertForQuestionAnswering
 
 from scripts import export_onnx
 
@@ -56,8 +55,8 @@ def test_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export_onnx, "PACKAGES", ("json", "no_such_package"))
     assert "not installed: no_such_package; install with: python -m pip install no_such_package" in refusal("model")
     monkeypatch.setattr(export_onnx, "PACKAGES", ())
-    assert "none: there is no such folder" in refusal(f"{tmp_path}/none")
-    model = tiny_bert(tmp_path / "model", "relative_key")
+    assert "no_such_folder: there is no such folder" in refusal("no_such_folder")
+    model = tiny_bert(tmp_path / "model")
     for name in ("model.onnx", "dev_int8.onnx"):
         Path(model, name).write_text("theirs")
     assert "model.onnx exists: replace it with --overwrite" in refusal(model)
@@ -67,6 +66,6 @@ def test_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export_onnx, "run_of_file", lambda file: lambda batch: torch.full((2, 1, 1), torch.nan))
     assert "model.onnx: its logits would differ from the model's by nan" in refusal(model, "--overwrite")
     assert Path(model, "model.onnx").read_text() == "theirs" and len(list(Path(model).glob("*onnx*"))) == 2
-    config = json.loads(Path(model, "config.json").read_text())
-    Path(model, "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
-    assert "holds BertForMaskedLM, which was not trained to answer questions" in refusal(model, "--overwrite")
+    BertModel.from_pretrained(model).save_pretrained(tmp_path / "no_head")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "no_head")
+    assert "lacks qa_outputs" in refusal(f"{tmp_path}/no_head")
