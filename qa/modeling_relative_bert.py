@@ -100,6 +100,10 @@ class RelativeBertForQuestionAnswering(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.bert.embeddings.word_embeddings = value
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks in this file for its own attention functions
+
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         check_attention_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -310,7 +314,8 @@ class RelativeBertSelfAttention(nn.Module):
             bias = bias.contiguous()  # the kernels load 16 bytes at a time: a view may begin between two such places
             dropout = self.dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=1.0)
-            return context.flatten(0, 1), None
+            # Kernels differ in their order of memory: a graph must not keep a view that only one of them allows.
+            return context.clone(memory_format=torch.contiguous_format).flatten(0, 1), None
         probabilities = self.dropout(torch.baddbmm(bias, query, key.transpose(1, 2)).softmax(-1))
         return probabilities @ value, None if sdpa else probabilities
 

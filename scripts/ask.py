@@ -97,10 +97,15 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--question", type=str, help="by default questions are read one a line, until the end of input")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow code kept with the model to run here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
+    add_settings(parser)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for each window and answer setting, None where it is not given: see `chosen_settings`."""
     for setting in (*fields(WindowSettings), *fields(AnswerSettings)):
         how = {"action": argparse.BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
         parser.add_argument(f"--{setting.name}", help=setting.metadata["help"], **how)
-    return parser
 
 
 def read_context(file: str | None) -> str:

@@ -1,6 +1,7 @@
 """The model against transformers 4.57.6 (golden files: scripts/make_golden_attention.py) and the plain formula."""
 
 import copy
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -41,9 +42,12 @@ def set_attention(name: str, monkeypatch) -> str:
     return name.split()[0]
 
 
+def model_class(position_type: str) -> type:
+    return BertForQuestionAnswering if position_type == "absolute" else RelativeBertForQuestionAnswering
+
+
 def golden_model(position_type: str, **kwargs):
-    model_class = BertForQuestionAnswering if position_type == "absolute" else RelativeBertForQuestionAnswering
-    return model_class.from_pretrained(GOLDEN / position_type, **kwargs)
+    return model_class(position_type).from_pretrained(GOLDEN / position_type, **kwargs)
 
 
 def golden_batch(position_type: str, name: str) -> tuple[dict, dict]:
@@ -59,10 +63,10 @@ def small_config(position_type: str, **settings) -> BertConfig:
     return BertConfig(**(sizes | dict(max_position_embeddings=40, position_embedding_type=position_type) | settings))
 
 
-def small_model(position_type: str, **settings) -> RelativeBertForQuestionAnswering:
+def small_model(position_type: str, **settings):
     """A model whose weights are so large (standard deviation 1) that every one of them counts."""
     torch.manual_seed(0)
-    model = RelativeBertForQuestionAnswering(small_config(position_type, **settings))
+    model = model_class(position_type)(small_config(position_type, **settings))
     for name, parameter in model.named_parameters():
         if not name.endswith("LayerNorm.weight"):
             nn.init.normal_(parameter)
@@ -249,6 +253,15 @@ def test_bias_of_a_gpu_kernel_begins_where_it_can_be_loaded(position_type, lengt
 
 
 OTHER_LENGTHS = (2, 15, 24, 40)
+# Of the graphs that take seconds to make, the one where most can go wrong is made each time.
+EACH_GRAPH = pytest.mark.parametrize(
+    "position_type, attention",
+    [
+        pytest.param(*each, marks=() if each == ("relative_key_query", "sdpa off the CPU") else pytest.mark.slow)
+        for each in [("absolute", "eager"), ("absolute", "sdpa"), *itertools.product(RELATIVE_TYPES, ATTENTIONS)]
+    ],
+    indirect=["attention"],
+)
 
 
 class Logits(nn.Module):
@@ -256,16 +269,21 @@ class Logits(nn.Module):
 
     def __init__(self, position_type: str, attention: str):
         super().__init__()
-        self.model = small_model(position_type, attn_implementation=attention).eval()
+        self.model = small_model(position_type, attn_implementation=attention, num_hidden_layers=1).eval()
 
     def forward(self, input_ids, attention_mask):
         outputs = self.model(input_ids, attention_mask)
         return outputs.start_logits, outputs.end_logits
 
 
-def assert_equal_at_other_lengths(graph, model: Logits) -> None:
+def graph_inputs(length: int, sequences=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = small_batch(length)
+    return batch["input_ids"][sequences], batch["attention_mask"][sequences]
+
+
+def assert_equal_at_other_lengths(graph, model: Logits, sequences=slice(2)) -> None:
     for length in OTHER_LENGTHS:
-        inputs = small_batch(length)["input_ids"][:2], small_batch(length)["attention_mask"][:2]
+        inputs = graph_inputs(length, sequences)
         for ours, plain in zip(graph(*inputs), model(*inputs), strict=True):
             torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
@@ -276,24 +294,42 @@ def assert_equal_at_other_lengths(graph, model: Logits) -> None:
 def test_a_trace_is_right_at_other_lengths(position_type, attention):
     model = Logits(position_type, attention)
     with torch.no_grad():
-        trace = torch.jit.trace(model, (small_batch(16)["input_ids"], small_batch(16)["attention_mask"]))
+        trace = torch.jit.trace(model, graph_inputs(16))
         assert_equal_at_other_lengths(trace, model)
 
 
-@pytest.mark.parametrize(
-    "attention", (pytest.param("sdpa in parts", marks=pytest.mark.slow), "sdpa off the CPU"), indirect=True
-)
-def test_an_export_of_any_batch_and_length_is_right(attention):
-    model = Logits("relative_key_query", attention)
-    inputs = small_batch(16)["input_ids"], small_batch(16)["attention_mask"]
+@EACH_GRAPH
+def test_an_export_of_any_batch_and_length_is_right(position_type, attention):
+    model = Logits(position_type, attention)
     sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=40)}
-    exported = torch.export.export(model, inputs, dynamic_shapes=(sizes, sizes))
+    exported = torch.export.export(model, graph_inputs(16), dynamic_shapes=(sizes, sizes))
     assert_equal_at_other_lengths(exported.module(), model)
 
 
+@EACH_GRAPH
+@pytest.mark.parametrize("several", (False, pytest.param(True, marks=pytest.mark.slow)))
+def test_an_onnx_file_of_any_length_is_right(position_type, attention, several):
+    """Made of one sequence, or of several for any batch; with gradients on, for which PyTorch takes other kernels."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = Logits(position_type, attention)
+    inputs = graph_inputs(16, slice(None) if several else slice(1, 2))
+    sizes = {1: torch.export.Dim("length", min=2, max=40)} | ({0: torch.export.Dim("batch")} if several else {})
+    program = torch.onnx.export(model, inputs, dynamic_shapes=(sizes, sizes), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    names = [each.name for each in session.get_inputs()]
+
+    def graph(*inputs):
+        logits = session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))
+        return [torch.from_numpy(each) for each in logits]
+
+    assert_equal_at_other_lengths(graph, model, slice(2) if several else slice(1, 2))
+
+
 @pytest.mark.slow
-def test_compiled_gives_the_same_loss_and_gradients():
-    model = small_model("relative_key_query", attn_implementation="sdpa", num_hidden_layers=1).eval()
+@EACH_GRAPH
+def test_compiled_gives_the_same_loss_and_gradients(position_type, attention):
+    model = small_model(position_type, attn_implementation=attention, num_hidden_layers=1).eval()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", dynamic=True)
     for length in (20, 23):
         losses = [each(**small_batch(length)).loss for each in (model, compiled)]
@@ -496,4 +532,9 @@ def test_attention_can_be_switched():
     model = golden_model("relative_key_query", attn_implementation="sdpa")
     inputs, golden = golden_batch("relative_key_query", "9_padded")
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(**inputs).start_logits, golden["start_logits"], atol=1e-5, rtol=0)
+    outputs = model(**inputs, output_attentions=True)
+    assert len(outputs.attentions) == model.config.num_hidden_layers
+    torch.testing.assert_close(outputs.start_logits, golden["start_logits"], atol=1e-5, rtol=0)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="sdpa keeps no probabilities"):
+        model(**inputs, output_attentions=True)
