@@ -19,7 +19,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 @pytest.fixture(autouse=True)
 def _levels_of_logging():
     """A program that a test calls sets what is logged; the next test's caplog wants it as it was."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("run_squad", "trainer_qa", "qa"))}
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("", "run_squad", "trainer_qa", "qa"))}
     yield
     for logger, level in levels.items():
         logger.setLevel(level)
