@@ -62,13 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 def ask(args: argparse.Namespace) -> None:
     set_up_logging(logging.WARNING)
     context = read_context(args.context_file)
-    model, tokenizer = load(args.model_dir, args.trust_remote_code)
-    if not hasattr(model.config, "qa_settings"):
-        logger.warning("config.json of %s has no qa_settings: run_squad.py's defaults are taken.", args.model_dir)
-    given = {theirs: getattr(args, ours) for ours, theirs in load_model.PIPELINE_SETTINGS.items()}
-    settings = trained_settings(model.config) | {name: value for name, value in given.items() if value is not None}
-    load_model.resize_position_embeddings(model, tokenizer, settings["max_seq_len"])
-    load_model.check_length(settings["max_seq_len"], model, tokenizer)
+    model, tokenizer, settings = load(args)
     pipeline = QuestionAnsweringPipeline(model, tokenizer, device=model.device, **settings)
 
     in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -92,17 +86,17 @@ def named(answer: dict) -> dict:
 def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="ask.py", description=__doc__, epilog=EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model, or its name on the hub")
     parser.add_argument("--context_file", metavar="FILE", help="text to ask about; by default standard input")
     parser.add_argument("--question", type=str, help="by default questions are read one a line, until the end of input")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow code kept with the model to run here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
-    add_settings(parser)
+    add_model_arguments(parser)
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for each window and answer setting, None where it is not given: see `chosen_settings`."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load` takes; a setting that is not given is None."""
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model, or its name on the hub")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow code kept with the model to run here")
     for setting in (*fields(WindowSettings), *fields(AnswerSettings)):
         how = {"action": argparse.BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
         parser.add_argument(f"--{setting.name}", help=setting.metadata["help"], **how)
@@ -145,14 +139,23 @@ def read_questions(stdin_is_read: bool) -> Iterator[str]:
 # ---- Model ----
 
 
-def load(model_dir: str, trust_remote_code: bool = False):
-    """(model, tokenizer), the model with the position type that its config.json names."""
-    if not os.path.isdir(model_dir) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model_dir):
-        raise QAError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
-    model = load_model.load_trained_model(model_dir, trust_remote_code)
-    tokenizer = load_model.load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+def load(args: argparse.Namespace) -> tuple:
+    """(model, tokenizer, settings of the pipeline): flags go before what the model was trained with."""
+    name, trust = args.model_dir, args.trust_remote_code
+    if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise QAError(f"{name}: there is no such folder, and a name on the hub has not this form")
+    model, tokenizer = (
+        load_model.load_trained_model(name, trust),
+        load_model.load_tokenizer(name, trust_remote_code=trust),
+    )
     load_model.fit_token_types(model, tokenizer)
-    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
+    if not hasattr(model.config, "qa_settings"):
+        logger.warning("config.json of %s has no qa_settings: run_squad.py's defaults are taken.", name)
+    given = {theirs: getattr(args, ours) for ours, theirs in load_model.PIPELINE_SETTINGS.items()}
+    settings = trained_settings(model.config) | {name: value for name, value in given.items() if value is not None}
+    load_model.resize_position_embeddings(model, tokenizer, settings["max_seq_len"])
+    load_model.check_length(settings["max_seq_len"], model, tokenizer)
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer, settings
 
 
 # ---- Display ----

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -43,12 +44,11 @@ WINDOWS_PER_BATCH = 16
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="export_onnx.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model")
-    parser.add_argument("--output", metavar="FILE", help="by default model.onnx in MODEL_DIR")
+    parser.add_argument("--output", metavar="FILE", help="by default model.onnx in MODEL_DIR, or here")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier export")
     parser.add_argument("--int8", action="store_true", help="write a second file, whose weights are 8-bit integers")
     parser.add_argument("--validation_file", metavar="FILE", help="compare f1 and speed on the questions of this file")
-    ask.add_settings(parser)
+    ask.add_model_arguments(parser)
     try:
         export(parser.parse_args(argv))
     except QAError as error:
@@ -61,27 +61,25 @@ def export(args: argparse.Namespace) -> None:
     datasets.disable_progress_bars()
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise QAError(f"not installed: {', '.join(missing)}; install with: python -m pip install {' '.join(missing)}")
-    if not os.path.isdir(args.model_dir):
-        raise QAError(f"{args.model_dir}: there is no such folder")
-    output = Path(args.output or Path(args.model_dir, "model.onnx"))
+    output = Path(args.output or Path(args.model_dir if os.path.isdir(args.model_dir) else "", "model.onnx"))
     paths = [output, output.with_name(f"{output.stem}_int8.onnx")][: 1 + args.int8]
     for path in paths:
         if path.exists() and not args.overwrite:
             raise QAError(f"{path} exists: replace it with --overwrite, or give another --output")
 
-    model, tokenizer = ask.load(args.model_dir)
+    model, tokenizer, settings = ask.load(args)
     model.cpu()
-    saved = ask.saved_settings(args.model_dir)
-    windows, answers = (ask.chosen_settings(kind, args, saved) for kind in (WindowSettings, AnswerSettings))
-    load_model.resize_position_embeddings(model, tokenizer, windows.max_seq_length)
-    load_model.check_length(windows.max_seq_length, model, tokenizer)
     if args.validation_file:
         examples = read_squad_file(args.validation_file)
         without_labels = examples.select_columns(["id", "context", "question"])
+        ours = {ours: settings[theirs] for ours, theirs in load_model.PIPELINE_SETTINGS.items()}
+        windows, answers = (
+            kind(**{f.name: ours[f.name] for f in fields(kind)}) for kind in (WindowSettings, AnswerSettings)
+        )
         features = make_features(without_labels, tokenizer, windows)
 
     runs = {args.model_dir: run_of_model(model)}
-    lengths = (1, windows.max_seq_length // 2 + 1, windows.max_seq_length)
+    lengths = (1, settings["max_seq_len"] // 2 + 1, settings["max_seq_len"])
     samples = [sample(tokenizer, batch, length) for batch, length in enumerate(lengths, start=1)]
     with told_in_one_line(f"cannot export {args.model_dir} to {output}"):
         expected = [runs[args.model_dir](batch) for batch in samples]

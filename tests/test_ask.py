@@ -168,7 +168,7 @@ def test_a_cuda_build_of_torch_without_a_gpu_is_a_cpu(models, monkeypatch):
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
     for position_type, model_class in MODELS.items():
-        loaded, tokenizer = ask.load(models[position_type])
+        loaded, tokenizer, _ = ask.load(ask.make_parser().parse_args([models[position_type], *WINDOWS]))
         assert type(loaded) is model_class and not loaded.training and tokenizer.is_fast
         assert loaded.device.type == "cpu"
 
