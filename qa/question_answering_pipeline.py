@@ -5,6 +5,7 @@ needs torch, transformers and what comes with them, in any version 5. The progra
 answers by the functions here, so that both say the same.
 """
 
+import inspect
 import math
 import shutil
 import unicodedata
@@ -29,7 +30,7 @@ DEFAULTS = {  # where config.json does not say (as `qa_settings`) what the model
     "handle_impossible_answer": False,
     "null_score_diff_threshold": 0.0,
 }
-TEXTS_KEPT = 8  # whose tokens stay in memory for the next question
+CONTEXTS_KEPT = 8  # whose tokens stay in memory for the next question
 IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last white space
 LARGEST_LOGIT = torch.finfo(torch.float32).max / 2  # the sum of two still is a float32
 NO_SPAN = {"text": "", "probability": 1.0, "start_logit": 0.0, "end_logit": 0.0, "start": None, "end": None}
@@ -64,7 +65,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         # pipeline() has put classes into it, with which it cannot be saved, and for a model of the hub its name.
         model.config.custom_pipelines = custom_pipelines()
         self.backend = plain_backend(tokenizer)
-        self.texts: dict[str, Text] = {}
+        self.template = pair_template(tokenizer)
+        self.contexts: dict[str, Text] = {}
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)
@@ -93,54 +95,27 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         inputs = list(inputs)
         return super().__call__(inputs[0] if len(inputs) == 1 else inputs, **settings) if inputs else []
 
-    def _sanitize_parameters(
-        self,
-        max_seq_len=None,
-        doc_stride=None,
-        max_question_len=None,
-        n_best_size=None,
-        max_answer_len=None,
-        handle_impossible_answer=None,
-        null_score_diff_threshold=None,
-        top_k=None,
-        align_to_words=None,
-    ):
-        at_least_1 = {
-            "max_seq_len": max_seq_len,
-            "doc_stride": doc_stride,
-            "max_question_len": max_question_len,
-            "n_best_size": n_best_size,
-            "max_answer_len": max_answer_len,
-            "top_k": top_k,
-        }
-        for name, value in at_least_1.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, must be 1 or more")
+    def _sanitize_parameters(self, **settings):
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if unknown := settings.keys() - DEFAULTS.keys() - {"top_k", "align_to_words"}:
+            raise ValueError(f"there is no setting {', '.join(unknown)}")
+        for name in ("max_seq_len", "doc_stride", "max_question_len", "n_best_size", "max_answer_len", "top_k"):
+            if settings.get(name, 1) < 1:
+                raise ValueError(f"{name} is {settings[name]}, must be 1 or more")
         longest = absolute_positions(self.model)
-        if max_seq_len is not None and longest is not None and max_seq_len > longest:
-            raise ValueError(f"max_seq_len is {max_seq_len}, but the model has positions for {longest} tokens only")
-        settings = {
-            **at_least_1,
-            "handle_impossible_answer": handle_impossible_answer,
-            "null_score_diff_threshold": null_score_diff_threshold,
-            "align_to_words": align_to_words,
-        }
-
-        def given(*names):
-            return {name: settings[name] for name in names if settings[name] is not None}
-
-        return (
-            given("max_seq_len", "doc_stride", "max_question_len"),
-            given("n_best_size", "max_answer_len", "handle_impossible_answer"),
-            given("n_best_size", "handle_impossible_answer", "null_score_diff_threshold", "top_k", "align_to_words"),
-        )
+        if longest is not None and settings.get("max_seq_len", 0) > longest:
+            raise ValueError(
+                f"max_seq_len is {settings['max_seq_len']}, but the model has positions for {longest} tokens only"
+            )
+        steps = (self.preprocess, self._forward, self.postprocess)
+        return tuple({n: settings[n] for n in inspect.signature(step).parameters if n in settings} for step in steps)
 
     def preprocess(self, example, max_seq_len, doc_stride, max_question_len) -> Iterator[dict]:
         """The windows of a question and its context, each as a batch of one."""
         check_example(example)
-        question, context = self._text(example["question"].lstrip()), self._text(example["context"])
-        special_ids, special_types, bounds = pair_template(self.tokenizer)
-        question_ids = question.ids[:max_question_len]
+        context = self._context(example["context"])
+        special_ids, special_types, bounds = self.template
+        question_ids = self._encode(example["question"].lstrip()).ids[:max_question_len]
         before = bounds[3] + len(question_ids) - (bounds[2] - bounds[1])  # tokens before those of the context
         room = max_seq_len - before - (bounds[5] - bounds[4])
         if doc_stride > room:
@@ -165,17 +140,19 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             window = {name: torch.tensor(values, dtype=torch.int64)[None] for name, values in window.items()}
             yield {**window, "context": context, "first_token": start - before, "is_last": start == starts[-1]}
 
-    def _text(self, text: str) -> "Text":
-        tokens = self.texts.get(text)
-        if tokens is None:
-            text.encode()  # raises for half of a surrogate pair, for which the tokenizer has no words
-            encoding = self.backend.encode(text, add_special_tokens=False)
+    def _context(self, text: str) -> "Text":
+        context = self.contexts.get(text)
+        if context is None:
+            encoding = self._encode(text)
             _, *arrays = token_arrays([text], [encoding])
-            tokens = Text(text, encoding, *arrays)
-            if len(self.texts) == TEXTS_KEPT:
-                self.texts.clear()
-            self.texts[text] = tokens
-        return tokens
+            if len(self.contexts) == CONTEXTS_KEPT:
+                self.contexts.clear()
+            context = self.contexts[text] = Text(text, encoding, *arrays)
+        return context
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        text.encode()  # raises for half of a surrogate pair, of which the tokenizer says less
+        return self.backend.encode(text, add_special_tokens=False)
 
     def _forward(self, windows, n_best_size, max_answer_len, handle_impossible_answer) -> dict:
         names = ("input_ids", "attention_mask", "token_type_ids")
@@ -184,9 +161,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         found = best_spans(*logits, windows.pop("bounds"), n_best_size, max_answer_len, handle_impossible_answer)
         return {**found, **windows}
 
-    def postprocess(
-        self, windows, handle_impossible_answer, null_score_diff_threshold, top_k=1, align_to_words=False, **_
-    ):
+    def postprocess(self, windows, handle_impossible_answer, null_score_diff_threshold, top_k=1, align_to_words=False):
         """The answer, or the `top_k` best ones, from what `_forward` found in the windows of a question."""
         context = windows[0]["context"]
         names = ("start", "end", "start_logit", "end_logit", "score", "finite")
@@ -237,8 +212,8 @@ class Text:
     def characters(self, first: int, last: int, align_to_words: bool = False) -> tuple[int, int]:
         """Where the tokens from `first` to `last` start and end; with `align_to_words`, the words that they are in."""
         start, end = int(self.char_starts[first]), int(self.char_ends[last])
-        if align_to_words:
-            first_word, last_word = self.encoding.token_to_word(first), self.encoding.token_to_word(last)
+        first_word, last_word = self.encoding.token_to_word(first), self.encoding.token_to_word(last)
+        if align_to_words and None not in (first_word, last_word):
             start, end = self.encoding.word_to_chars(first_word)[0], self.encoding.word_to_chars(last_word)[1]
             words = self.text[start:end]
             start, end = end - len(words.lstrip()), start + len(words.rstrip())

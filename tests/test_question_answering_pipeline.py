@@ -106,6 +106,7 @@ def test_the_interface_that_was_removed(trained):
         ({"question": ["who ?", 3], "context": TEXT}, "`question` is 3"),
         ({"question": ["who ?"], "context": [TEXT, TEXT]}, "there are 1 questions, but 2 contexts"),
         ({"question": "who ?", "context": TEXT, "top_k": 0}, "top_k is 0"),
+        ({"question": "who ?", "context": TEXT, "topk": 3}, "there is no setting topk"),
         ({"question": "who ?", "context": TEXT, "doc_stride": 20}, "doc_stride 20 would leave tokens"),
         ({"question": "who ?", "context": TEXT, "max_seq_len": 65}, "max_seq_len is 65, but the model"),
     ],
@@ -129,8 +130,8 @@ def test_a_text_is_tokenized_once_for_all_its_questions(trained, monkeypatch):
             return backend.encode(text, **settings)
 
     backend, ask.backend = ask.backend, Backend()
-    ask(question=QUESTIONS, context=TEXT)
-    assert tokenized.count(TEXT) == 1 and len(tokenized) == 4
+    ask(question=7 * QUESTIONS, context=TEXT)
+    assert tokenized.count(TEXT) == 1 and len(tokenized) == 1 + 7 * len(QUESTIONS)
 
 
 def test_saved_by_itself_it_stands_beside_its_model(trained, tmp_path):
