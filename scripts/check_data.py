@@ -73,7 +73,12 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="check_data.py", description=__doc__, epilog=EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", metavar="FILE", nargs="+", help="each is looked at as a --train_file of its own")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="each, also a folder or 'data/*', is looked at as a --train_file of its own",
+    )
     parser.add_argument("--model_name_or_path", metavar="MODEL", required=True, help="whose tokenizer is taken")
     number = {"type": int, "metavar": "N"}
     for setting in fields(WindowSettings):
