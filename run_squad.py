@@ -92,7 +92,10 @@ class DataTrainingArguments(AnswerSettings, WindowSettings):
 
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the hub, such as squad, or a folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    train_file: str | None = field(default=None, metadata={"help": "File to train on, in one of SQuAD's layouts."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "File to train on, in one of SQuAD's layouts; or a folder of them, or 'data/*'."},
+    )
     validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "File to predict on; its questions need no answers."})
     validation_split_percentage: int | None = field(

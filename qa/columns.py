@@ -65,9 +65,16 @@ def lists(lengths: np.ndarray | list[int], values: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), values)
 
 
-def write_arrow(path: str, features: Features, tables: Iterable[pa.Table]) -> None:
-    """Writes an Arrow file that `Dataset.from_file` reads, as `written_whole` does."""
+def write_arrow(path: str, features: Features, tables: Iterable[pa.Table], notes: str = "") -> None:
+    """Writes an Arrow file that `Dataset.from_file` reads, and `read_notes`, as `written_whole` does."""
+    schema = features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, "notes": notes})
     with written_whole(path) as partial, pa.OSFile(partial, "wb") as file:
-        with pa.ipc.new_stream(file, features.arrow_schema) as writer:
+        with pa.ipc.new_stream(file, schema) as writer:
             for table in tables:
-                writer.write_table(table.cast(features.arrow_schema), max_chunksize=ROWS_PER_RECORD_BATCH)
+                writer.write_table(table.cast(schema), max_chunksize=ROWS_PER_RECORD_BATCH)
+
+
+def read_notes(path: str) -> str:
+    with pa.memory_map(path) as file, pa.ipc.open_stream(file) as stream:
+        return stream.schema.metadata[b"notes"].decode()

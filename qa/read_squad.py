@@ -1,6 +1,9 @@
 """Questions in: from the hub or from files in any of SQuAD's layouts, as `datasets.Dataset` of STORED_FEATURES."""
 
+import contextlib
+import glob
 import hashlib
+import json
 import logging
 import os
 import re
@@ -10,13 +13,12 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from qa import columns, hub, layouts
 from qa.columns import DistinctText, write_arrow
 from qa.files import QAError
-from qa.layouts import PLACE, errors_of, file_rows, known_columns, record_rows, shown
+from qa.layouts import errors_of, file_rows, known_columns, record_rows
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,15 @@ STORED_FEATURES = Features({**EXAMPLE_FEATURES, "context": DistinctText()})
 # Part of the name of each file that is kept, so that nothing is read as earlier code has read it.
 SOURCES = [Path(file).read_bytes() for file in (__file__, layouts.__file__, columns.__file__)]
 READER = hashlib.sha256(b"".join(SOURCES)).hexdigest()[:8]
+IDS_SHOWN = 5
+# What may be odd about questions as they are read, and what is said of it after their number.
+NOTES = {
+    "without_id": "questions have no id: their place in the file is taken for one",
+    "id_of_another": "questions have the id of another one: their place in the file is taken instead",
+    "repeated": "questions are there again, of the same id and context: taken once, with all answers",
+    "impossible_with_answer": "questions have an answer but are marked is_impossible: taken as without an answer",
+    "empty": "questions are empty: left out of training, and answered in evaluation",
+}
 
 
 def load_examples(
@@ -70,16 +81,43 @@ def load_examples(
 
 
 def read_squad_file(path: str | os.PathLike, cache_dir: str | None = None) -> Dataset:
-    """Examples of one file: columns id, title, context, question and, where the file has gold answers, answers.
+    """Examples of one file, or of `files_of` as one: id, title, context, question and, if it has gold answers, answers.
 
-    The file may have any layout that `qa.layouts` reads. An answer without an `answer_start` has NO_START there. The
-    result is kept in `cache_dir` (default: the datasets cache) under the sha256 of the file's bytes.
+    A file may have any layout that `qa.layouts` reads. An answer without an `answer_start` has NO_START there. The
+    result is kept in `cache_dir` (default: the datasets cache) under the sha256 of the bytes.
 
     Raises QAError that names the file and the place in it.
     """
     path = os.fspath(path)
-    with errors_of(path), open(path, "rb") as file:
-        return _read_once(file_rows(file), path, cache_dir, hashlib.file_digest(file, "sha256").hexdigest())
+    files = files_of(path)
+    with errors_of(path):
+        digests = []
+        for file in files.values():
+            with open(file, "rb") as opened:
+                digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        key = digests[0]
+        if len(files) > 1:
+            logger.info("%s: %d files are read as one: %s.", path, len(files), ", ".join(files))
+            key = hashlib.sha256(repr([*zip(files, digests, strict=True)]).encode()).hexdigest()
+        return _read_once(_rows(files), path, cache_dir, key)
+
+
+def files_of(path: str) -> dict[str, str]:
+    """The file of that name, those in that folder or those that match it (`*`): paths by names within their folder."""
+    pattern = os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path
+    found = [] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(pattern)))
+    folder = os.path.commonpath(map(os.path.dirname, found)) if found else ""
+    return {os.path.relpath(file, folder or "."): file for file in found or [path]}
+
+
+def _rows(files: dict[str, str]) -> Iterator[dict]:
+    """Their questions, one after the other. Of several files each is named before its places."""
+    for name, path in files.items():
+        before = f"{name}: " if len(files) > 1 else ""
+        with errors_of(name) if before else contextlib.nullcontext(), open(path, "rb") as file:
+            for row in file_rows(file):
+                row["place"] = before + row["place"]
+                yield row
 
 
 def _read_hub_split(dataset: Dataset, source: str, cache_dir: str | None) -> Dataset:
@@ -99,41 +137,85 @@ def _read_once(rows: Iterator[dict], source: str, cache_dir: str | os.PathLike |
     directory = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files")
     path = os.path.join(directory, f"squad-{key[:32]}-{READER}.arrow")
     if not os.path.exists(path):
-        table = _to_table(rows)
-        write_arrow(path, Features({name: STORED_FEATURES[name] for name in table.column_names}), [table])
+        table, found = _to_table(rows)
+        features = Features({name: STORED_FEATURES[name] for name in table.column_names})
+        write_arrow(path, features, [table], json.dumps(found))
     examples = Dataset.from_file(path)
-    if made := made_ids(examples):
-        what = "questions have no id: their place in it is taken for one, such as"
-        logger.info("%s: %d of %d %s %s.", source, len(made), len(examples), what, made[0])
+    for name, odd in notes(examples).items():
+        logger.warning("%s: %s", source, counted(odd, len(examples), NOTES[name]))
     return examples
 
 
-def made_ids(examples: Dataset) -> list[str]:
-    """The ids that are places in a file: of questions that had none."""
-    ids = examples.with_format("arrow", columns=["id"])[:]["id"]
-    return ids.filter(pc.match_substring_regex(ids, f"^{PLACE}$")).to_pylist()
+def notes(examples: Dataset) -> dict[str, dict]:
+    """Those of NOTES that hold for the file of these examples, each as `first_of`."""
+    return json.loads(columns.read_notes(examples.cache_files[0]["filename"]))
 
 
-def _to_table(rows: Iterable[dict]) -> pa.Table:
-    """The rows in Arrow, their contexts dictionary-encoded; without "answers" where no row has any."""
+def first_of(ids: list[str]) -> dict:
+    return {"count": len(ids), "first_ids": ids[:IDS_SHOWN]}
+
+
+def counted(some: dict, total: int, what: str) -> str:
+    """A line on some of the questions: `first_of` them, or `moved` of qa.train_questions."""
+    distance = f", at most {some['farthest']} characters away" if some.get("farthest") else ""
+    zero = f" (the answer_start of {some['start_is_0']} is 0)" if some.get("start_is_0") else ""
+    return f"{some['count']} of {total} {what}{distance}{zero}; first ids: {', '.join(some['first_ids'])}"
+
+
+def _to_table(rows: Iterable[dict]) -> tuple[pa.Table, dict[str, dict]]:
+    """The rows in Arrow, their contexts dictionary-encoded, without "answers" where no row has any; and their notes."""
     values: dict[str, list] = {name: [] for name in STORED_FEATURES}
-    places: dict[str, str] = {}  # of each id
     contexts: dict[str, int] = {}  # each distinct one, and its number
+    ids: dict[str, int] = {}  # each one, and its row's number
+    given: dict[tuple, int] = {}  # of ids that are there again: the id, context and question, and their row's number
+    odd: dict[str, dict[str, None]] = {name: {} for name in NOTES}  # the ids, each once
+    impossible, unanswered = 0, ""
     for row in rows:
-        id_, place = row["id"], row["place"]
-        if id_ in places:
-            raise QAError(f"{place}: id {shown(id_)} is already the id of {places[id_]}")
-        places[id_] = place
+        id_, place, number = row["id"], row["place"], len(ids)
         row["context"] = contexts.setdefault(row["context"], len(contexts))
-        for name, column in values.items():
-            column.append(row[name])
-    if not places:
+        if id_ in ids:
+            first = ids[id_]
+            given.setdefault((id_, values["context"][first], values["question"][first]), first)
+            number = given.setdefault((id_, row["context"], row["question"]), number)
+        if again := number < len(ids):
+            row["id"] = values["id"][number]
+            odd["repeated"][row["id"]] = None
+        elif not id_ or id_ in ids:
+            if place in ids:
+                raise QAError(f"{place}: needs its place for an id, but another question has it: give it an id")
+            row["id"] = place
+            odd["id_of_another" if id_ else "without_id"][place] = None
+        if not row["question"].strip():
+            odd["empty"][row["id"]] = None
+        if row["is_impossible"]:
+            impossible += 1
+            if row["answers"]["text"]:
+                odd["impossible_with_answer"][row["id"]] = None
+                row["answers"] = {"text": [], "answer_start": []}
+        if row["answers"] is None:
+            unanswered = unanswered or place
+        if not again:
+            ids[row["id"]] = number
+            for name, column in values.items():
+                column.append(row[name])
+        elif row["answers"] is not None:
+            known = values["answers"][number] = values["answers"][number] or row["answers"]
+            for answer in zip(*row["answers"].values(), strict=True):
+                if answer not in zip(*known.values(), strict=True):
+                    for part, value in zip(known.values(), answer, strict=True):
+                        part.append(value)
+    if not ids:
         raise QAError("holds no question")
-    if None in values["answers"]:
-        place = list(places.values())[values["answers"].index(None)]
-        if any(values.pop("answers")):
-            raise QAError(f'{place}: missing key "answers", which other questions of the file have')
-    numbers, distinct = pa.array(values["context"], pa.int32()), pa.array(contexts, pa.large_string())
-    values["context"] = pa.DictionaryArray.from_arrays(numbers, distinct)
+    wrong = list(odd["impossible_with_answer"])
+    if 2 * len(wrong) > impossible:
+        raise QAError(
+            f"{len(wrong)} of the {impossible} questions that are marked is_impossible have an answer (first ids: "
+            f"{', '.join(wrong[:IDS_SHOWN])}): take out these answers, or the mark, if it means something else"
+        )
+    if unanswered and any(values.pop("answers")):
+        raise QAError(f'{unanswered}: missing key "answers", which other questions of the file have')
+    distinct = pa.array(contexts, pa.large_string())
+    values["context"] = pa.DictionaryArray.from_arrays(pa.array(values["context"], pa.int32()), distinct)
     schema = STORED_FEATURES.arrow_schema
-    return pa.table({name: pa.array(column, schema.field(name).type) for name, column in values.items()})
+    table = pa.table({name: pa.array(column, schema.field(name).type) for name, column in values.items()})
+    return table, {name: first_of(list(ids)) for name, ids in odd.items() if ids}

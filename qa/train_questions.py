@@ -1,8 +1,9 @@
 """Which questions are read, and what of them is trained on: held-out contexts, misplaced answers, unfit flags."""
 
 import logging
-import re
-from collections.abc import Collection
+import unicodedata
+from collections.abc import Collection, Iterator
+from functools import cache, lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +12,22 @@ from datasets import Dataset
 
 from qa.columns import column, distinct_texts
 from qa.files import QAError
-from qa.read_squad import load_examples
+from qa.read_squad import counted, first_of, load_examples
 
 logger = logging.getLogger(__name__)
 
 MISPLACED_ANSWERS = ("repair", "drop", "refuse")
-IDS_SHOWN = 5
+# What is said of answers that do not stand at their answer_start.
+REPAIRED = "questions have an answer that does not stand at its answer_start as written: trained on where it stands"
+LEFT_OUT = (
+    "questions are left out of training: their answer stands nowhere, or in several places and has no answer_start"
+)
+DROPPED = "questions are left out of training: their answer does not stand at its answer_start"
+# How the names begin of letters that are written without spaces between words.
+WITHOUT_SPACES = (
+    *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
+)
 
 
 def read_examples(model_args, data_args, training_args) -> tuple[dict, list[dict]]:
@@ -128,8 +139,9 @@ def align_answers(examples: Dataset, source: str, misplaced: str = "repair") -> 
 
     Of a first answer that does not stand there, `misplaced` says what is done: "repair" takes the place that
     `find_answer` finds, and leaves the question out where it finds none; "drop" leaves out all; "refuse" raises. The
-    text of a repaired answer becomes the context's own characters there, which differ from the gold text in white space
-    alone; nothing that is scored is changed, since only training examples come here.
+    text of a repaired answer becomes the context's own characters there, which differ from the gold text in white
+    space, case and Unicode's form alone; nothing that is scored is changed, since only training examples come here.
+    Questions that are empty are left out.
 
     The changes, in the order of `examples`: {"id", "text", "answer_start", "repaired_start", "repaired_end"}, which
     count characters of the context, end exclusive; the last two are None where the question is left out. Logs the count
@@ -137,26 +149,33 @@ def align_answers(examples: Dataset, source: str, misplaced: str = "repair") -> 
 
     Raises QAError when none remain, and for "refuse".
     """
+    examples = without_empty_questions(examples)
+    if len(examples) == 0:
+        raise QAError(f"{source}: each question is empty; nothing to train on")
     changes = misplaced_answers(examples, repair=misplaced == "repair")
     if changes and misplaced == "refuse":
-        what = "have an answer that does not stand at its answer_start: --misplaced_answers repair looks for it"
-        raise QAError(_count(changes.values(), examples, source, f"questions {what} in its context"))
+        what = (
+            "questions have an answer that does not stand at its answer_start: --misplaced_answers repair looks for it"
+        )
+        raise QAError(f"{source}: {counted(moved(changes.values()), len(examples), what)}")
     left_out = {row: change for row, change in changes.items() if change["repaired_start"] is None}
     repaired = {row: change for row, change in changes.items() if row not in left_out}
     if repaired:
-        what = "have an answer that does not stand at its answer_start but elsewhere in its context: trained on there"
-        logger.warning(_count(repaired.values(), examples, source, f"questions {what}"))
+        logger.warning("%s: %s", source, counted(moved(repaired.values()), len(examples), REPAIRED))
         examples = _with_repaired_answers(examples, repaired)
     if left_out:
-        why = "stands nowhere in its context, or has no answer_start and stands in several places"
-        if misplaced == "drop":
-            why = "does not stand at its answer_start"
-        what = f"questions are left out of training, because the answer's text {why}"
-        logger.warning(_count(left_out.values(), examples, source, what))
+        what = DROPPED if misplaced == "drop" else LEFT_OUT
+        logger.warning("%s: %s", source, counted(moved(left_out.values()), len(examples), what))
         if len(left_out) == len(examples):
             raise QAError(f"{source}: no question's answer stands at its answer_start; nothing to train on")
         examples = examples.select(np.delete(np.arange(len(examples)), list(left_out)))
     return examples, list(changes.values())
+
+
+def without_empty_questions(examples: Dataset) -> Dataset:
+    """The others. How many are empty is among the reader's notes."""
+    asked = pc.not_equal(pc.utf8_trim_whitespace(column(examples, "question")), "").to_numpy(zero_copy_only=False)
+    return examples if asked.all() else examples.select(np.flatnonzero(asked))
 
 
 def warn_of_misplaced_answers(split: str, examples: Dataset, source: str) -> None:
@@ -167,7 +186,7 @@ def warn_of_misplaced_answers(split: str, examples: Dataset, source: str) -> Non
             f"{split} questions have a first answer that does not stand at its answer_start: the loss takes what "
             "stands there for the answer, and none where there is no answer_start; exact and f1 take the text"
         )
-        logger.warning(_count(changes, examples, source, what))
+        logger.warning("%s: %s", source, counted(moved(changes), len(examples), what))
 
 
 def misplaced_answers(examples: Dataset, repair: bool) -> dict[int, dict]:
@@ -179,7 +198,8 @@ def misplaced_answers(examples: Dataset, repair: bool) -> dict[int, dict]:
     answered = np.flatnonzero(pc.list_value_length(texts))
     first_texts, first_starts = (pc.list_flatten(pc.list_slice(lists, 0, 1)).to_pylist() for lists in (texts, starts))
     changes = {}
-    for row, text, start in zip(answered.tolist(), first_texts, first_starts, strict=True):
+    order = np.argsort(row_of[answered], kind="stable").tolist()  # contexts, which are folded, one after the other
+    for row, text, start in ((answered[i].item(), first_texts[i], first_starts[i]) for i in order):
         context = strings[row_of[row]]
         if text and start >= 0 and context.startswith(text, start):
             continue
@@ -191,22 +211,77 @@ def misplaced_answers(examples: Dataset, repair: bool) -> dict[int, dict]:
             "repaired_start": begin,
             "repaired_end": end,
         }
-    return changes
+    return dict(sorted(changes.items()))
 
 
 def find_answer(context: str, text: str, start: int) -> tuple[int, int] | None:
-    """(begin, end) of `text` in `context`, end exclusive: where it stands nearest to `start`, the earlier of two.
+    """(begin, end) of `text` in `context`, end exclusive; None where it is not found, or is white space.
 
-    All runs of white space are alike, and those at its ends do not count. A negative `start` is none: the text is then
-    found only where it occurs once. None where it is not found, or is white space.
+    Case, Unicode's form (composed or not) and the length of white space do not count, nor white space at its ends.
+    Taken is, on whole words, the place at `start` itself; else the nearest, the earlier of two, of those without a
+    difference in case; else of all; else the place at `start` within a word. A `start` of 0 or less where the text does
+    not stand is none: the text is then found only where it stands once.
     """
-    if not text.strip():
+    places = list(_places(context, text.strip()))
+    at_start = next((place for place in places if place[0] == start), None)
+    whole = [place for place in places if not any(_splits_word(context, end) for end in place)]
+    if at_start in whole:
+        return at_start
+    same_case = [place for place in whole if _as_one_line(context[slice(*place)]) == _as_one_line(text)]
+    found = same_case or whole or [at_start] * (at_start is not None)
+    if start <= 0 and len(found) > 1:
         return None
-    words = r"\s+".join(map(re.escape, text.split()))
-    spans = [found.span(1) for found in re.finditer(f"(?=({words}))", context)]  # occurrences may overlap
-    if start < 0 and len(spans) > 1:
-        return None
-    return min(spans, key=lambda span: abs(span[0] - start), default=None)
+    return min(found, key=lambda place: abs(place[0] - start), default=None)
+
+
+def _places(context: str, text: str) -> Iterator[tuple[int, int]]:
+    """Where `text` stands in `context`, in their folded forms; no place begins or ends within a character."""
+    (folded, origin), (wanted, _) = _folded(context), _folded(text)
+    at = folded.find(wanted) if wanted else -1
+    while at >= 0:
+        end = at + len(wanted)
+        combined = unicodedata.combining(folded[end]) if end < len(folded) else 0
+        if origin[at] != origin[at - 1] and origin[end - 1] != origin[end] and not combined:
+            yield int(origin[at]), int(origin[end - 1]) + 1
+        at = folded.find(wanted, at + 1)
+
+
+@lru_cache(maxsize=8)
+def _folded(text: str) -> tuple[str, np.ndarray]:
+    """The text decomposed, without case, each run of white space as one space; and the place each character comes from.
+
+    The places end with -1, which so stands before the first and after the last.
+    """
+    pieces = list(map(_fold, text))
+    characters = np.frombuffer("".join(pieces).encode("utf-32-le"), np.uint32)
+    places = np.repeat(np.arange(len(pieces)), list(map(len, pieces)))
+    is_space = characters == ord(" ")
+    kept = ~is_space | ~np.append(False, is_space[:-1])
+    return characters[kept].tobytes().decode("utf-32-le"), np.append(places[kept], -1)
+
+
+@cache
+def _fold(character: str) -> str:
+    if character in "\u0130\u0131":  # Turkish has an i with and one without a dot, each in both cases
+        return "i"
+    if character.isspace():
+        return " "
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", character).casefold())
+
+
+def _as_one_line(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _splits_word(context: str, place: int) -> bool:
+    return 0 < place < len(context) and _is_of_word(context[place - 1]) and _is_of_word(context[place])
+
+
+@cache
+def _is_of_word(character: str) -> bool:
+    """Whether it is a letter, mark or digit of writing that has spaces between words."""
+    letter = unicodedata.category(character)[0] in "LMN"
+    return letter and not unicodedata.name(character, "").startswith(WITHOUT_SPACES)
 
 
 def _with_repaired_answers(examples: Dataset, repaired: dict[int, dict]) -> Dataset:
@@ -224,6 +299,12 @@ def _with_repaired_answers(examples: Dataset, repaired: dict[int, dict]) -> Data
     return stored.select(rows)
 
 
-def _count(changes: Collection[dict], examples: Dataset, source: str, what: str) -> str:
-    ids = [change["id"] for change in changes]
-    return f"{source}: {len(ids)} of {len(examples)} {what}; first ids: {', '.join(ids[:IDS_SHOWN])}"
+def moved(changes: Collection[dict]) -> dict:
+    """`first_of` their ids, how far the farthest was from its answer_start, and how many of these are 0.
+
+    A start of 0 may stand for none, and says nothing of distance.
+    """
+    found = [change for change in changes if change["answer_start"] > 0 and change["repaired_start"] is not None]
+    farthest = max((abs(change["repaired_start"] - change["answer_start"]) for change in found), default=0)
+    start_is_0 = sum(change["answer_start"] == 0 for change in changes)
+    return {**first_of([change["id"] for change in changes]), "farthest": farthest, "start_is_0": start_is_0}

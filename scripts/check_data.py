@@ -25,23 +25,33 @@ from qa.distributed import set_up_logging  # noqa: E402
 from qa.files import OneLineParser, QAError, json_line  # noqa: E402
 from qa.layouts import layout  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
-from qa.read_squad import made_ids, read_squad_file  # noqa: E402
-from qa.train_questions import align_answers, misplaced_answers, warn_of_flags, without_answer  # noqa: E402
+from qa.read_squad import NOTES, counted, files_of, first_of, notes, read_squad_file  # noqa: E402
+from qa.train_questions import (  # noqa: E402
+    LEFT_OUT,
+    REPAIRED,
+    align_answers,
+    misplaced_answers,
+    moved,
+    warn_of_flags,
+    without_answer,
+    without_empty_questions,
+)
 from qa.windows import WindowSettings, data_limits, make_features  # noqa: E402
 from utils_qa import AnswerSettings  # noqa: E402
 
-IDS_SHOWN = 5
 TEXTS_PER_BATCH = 1000
 # Facts that count questions and name the first of them, and what is said of each.
 NAMED = {
-    "without_id": "have no id: their place in the file is taken",
-    "repaired": "answers were not at their answer_start and are repaired",
-    "left_out": "answers are nowhere, or cannot be told apart: left out",
+    **NOTES,
+    "repaired": REPAIRED,
+    "left_out": LEFT_OUT,
     "asked_in_validation": "questions are asked of the same context in the validation file",
 }
 EPILOG = """
 With --json each file gives one line, an object: file, layout, questions, contexts, without_answer; without_id,
-repaired, left_out and, with --validation_file, asked_in_validation {count, first_ids}; flag_warning; context_tokens
+id_of_another, repeated, impossible_with_answer, empty, repaired, left_out and, with --validation_file,
+asked_in_validation {count, first_ids}, of which repaired and left_out say how far the farthest answer was from its
+answer_start, and how many of these are 0 {farthest, start_is_0}; flag_warning; context_tokens
 and question_tokens {mean, median, 90%, 99%, max}; windows {count, per_question, most_per_question}; limits, a list of
 lines. What there is not is null.
 """
@@ -63,7 +73,12 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="check_data.py", description=__doc__, epilog=EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", metavar="FILE", nargs="+", help="each is looked at as a --train_file of its own")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="each, also a folder or 'data/*', is looked at as a --train_file of its own",
+    )
     parser.add_argument("--model_name_or_path", metavar="MODEL", required=True, help="whose tokenizer is taken")
     number = {"type": int, "metavar": "N"}
     for setting in fields(WindowSettings):
@@ -91,21 +106,26 @@ def check(args: argparse.Namespace, cache_dir: str) -> None:
 
 def facts_of(file: str, examples, validation, tokenizer, windows: WindowSettings, args: argparse.Namespace) -> dict:
     """What EPILOG describes."""
-    with open(file, "rb") as opened:
-        facts = {"file": file, "layout": layout(opened, file)}
+    layouts = {}
+    for name in files_of(file).values():
+        with open(name, "rb") as opened:
+            layouts[layout(opened, name)] = None
+    facts = {"file": file, "layout": "; ".join(layouts)}
     contexts, questions = (distinct_texts(examples, name).distinct.to_pylist() for name in ("context", "question"))
     facts |= {"questions": len(examples), "contexts": len(contexts), "without_answer": len(examples)}
-    facts |= {"without_id": named(made_ids(examples)), "repaired": None, "left_out": None, "flag_warning": None}
+    facts |= dict.fromkeys(NOTES, first_of([])) | notes(examples)
+    facts |= {"repaired": None, "left_out": None, "flag_warning": None}
     facts |= {"context_tokens": lengths(contexts, tokenizer), "question_tokens": lengths(questions, tokenizer)}
     facts |= {"windows": None, "limits": None}
     if has_gold := "answers" in examples.column_names:
-        changes = misplaced_answers(examples, repair=True).values()
-        left_out = [change["id"] for change in changes if change["repaired_start"] is None]
-        facts["repaired"] = named([change["id"] for change in changes if change["repaired_start"] is not None])
-        facts["left_out"] = named(left_out)
+        asked = without_empty_questions(examples)
+        changes = misplaced_answers(asked, repair=True).values()
+        left_out = [change for change in changes if change["repaired_start"] is None]
+        facts["repaired"] = moved([change for change in changes if change["repaired_start"] is not None])
+        facts["left_out"] = moved(left_out)
         facts["without_answer"] = without_answer(examples)
         facts["flag_warning"] = warn_of_flags("train", examples, file, args.version_2_with_negative)
-    if not has_gold or len(left_out) < len(examples):
+    if not has_gold or len(left_out) < len(asked):
         features = make_features(align_answers(examples, file)[0] if has_gold else examples, tokenizer, windows)
         counts = np.bincount(features["example_index"])
         per_question = {"per_question": round(float(counts.mean()), 2), "most_per_question": int(counts.max())}
@@ -114,12 +134,8 @@ def facts_of(file: str, examples, validation, tokenizer, windows: WindowSettings
     if validation is not None:
         asked_there = set(asked_of(validation))
         of_both = [id_ for id_, pair in zip(examples["id"], asked_of(examples), strict=True) if pair in asked_there]
-        facts["asked_in_validation"] = named(of_both)
+        facts["asked_in_validation"] = first_of(of_both)
     return facts
-
-
-def named(ids: list[str]) -> dict:
-    return {"count": len(ids), "first_ids": ids[:IDS_SHOWN]}
 
 
 def lengths(texts: list[str], tokenizer) -> dict:
@@ -148,8 +164,7 @@ def show(facts: dict, windows: WindowSettings) -> str:
         lines.append(f"  {facts['without_answer']} have no answer")
     for name, what in NAMED.items():
         if (questions := facts.get(name)) and questions["count"]:
-            more = ["..."] if questions["count"] > IDS_SHOWN else []
-            lines.append(f"  ! {questions['count']} {what}: {', '.join([*questions['first_ids'], *more])}")
+            lines.append(f"  ! {counted(questions, facts['questions'], what)}")
     for name in ("context_tokens", "question_tokens"):
         lines.append(f"  {name.replace('_', ' ')}: {', '.join(f'{what} {n}' for what, n in facts[name].items())}")
     cut = f"windows of at most {windows.max_seq_length} tokens, --doc_stride {windows.doc_stride}"

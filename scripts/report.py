@@ -30,7 +30,7 @@ from qa.checkpoints import QA_SETTINGS  # noqa: E402
 from qa.files import OneLineParser, QAError, one_line, write_text  # noqa: E402
 from qa.layouts import NO_START  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
-from qa.read_squad import load_examples  # noqa: E402
+from qa.read_squad import files_of, load_examples  # noqa: E402
 from qa.squad_metric import raw_scores  # noqa: E402
 from qa.train_questions import hold_out  # noqa: E402
 from qa.windows import WindowSettings, make_features  # noqa: E402
@@ -125,7 +125,7 @@ def read_examples(folder: Path, settings: dict, source: dict, answers: dict) -> 
         split, file = "train", settings["train_file"]
     if not (file or name):
         raise QAError(f"{folder} does not say which questions were evaluated: give --validation_file or --dataset_name")
-    if file and not Path(file).exists():
+    if file and not all(Path(found).exists() for found in files_of(file).values()):
         raise QAError(f"{file}, which was evaluated, is not there: give --validation_file")
     splits = load_examples(name, config_name, {split: file}, settings.get("cache_dir"))
     if percentage:

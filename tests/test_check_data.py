@@ -68,8 +68,9 @@ def test_a_file_with_every_fault(inputs, tmp_path, capsys, monkeypatch):
     assert (found["questions"], found["contexts"], found["without_answer"]) == (19, 9, 1)
     assert found["without_id"]["count"] == 2
     assert "1 of 19 train questions have no answer" in found["flag_warning"]
-    assert found["repaired"] == {"count": 2, "first_ids": ["train-0-0", "train-1-0"]}
-    assert found["left_out"] == {"count": 2, "first_ids": ["train-1-1", "train-2-0"]}
+    moved = {"farthest": 5, "start_is_0": 0}
+    assert found["repaired"] == {"count": 2, "first_ids": ["train-0-0", "train-1-0"], **moved}
+    assert found["left_out"] == {"count": 2, "first_ids": ["train-1-1", "train-2-0"], "farthest": 0, "start_is_0": 1}
     tokens = found["context_tokens"]
     assert tokens["max"] == tokens["99%"] == 660 > 25 > tokens["median"] and found["question_tokens"]["max"] == 70
     assert found["limits"] == [
@@ -83,9 +84,9 @@ def test_a_file_with_every_fault(inputs, tmp_path, capsys, monkeypatch):
     shown = screen(capsys, inputs, *argv)
     for line in (
         "19 questions on 9 contexts",
-        "! 2 answers were not at their answer_start and are repaired: train-0-0, train-1-0",
-        "! 2 answers are nowhere, or cannot be told apart: left out: train-1-1, train-2-0",
-        f"! 6 questions are asked of the same context in the validation file: {', '.join(asked[:5])}, ...",
+        f"! 2 of 19 {check_data.REPAIRED}, at most 5 characters away; first ids: train-0-0, train-1-0",
+        f"! 2 of 19 {check_data.LEFT_OUT} (the answer_start of 1 is 0); first ids: train-1-1, train-2-0",
+        f"! 6 of 19 {check_data.NAMED['asked_in_validation']}; first ids: {', '.join(asked[:5])}\n",
         f"context tokens: mean {tokens['mean']}, median {tokens['median']}, 90% 660, 99% 660, max 660",
         *(f"  ! {line}\n" for line in found["limits"]),
     ):
@@ -108,6 +109,28 @@ def test_it_is_what_training_sees(inputs, tmp_path, capsys):
     changes = json.loads((tmp_path / "repaired_answers.json").read_text())
     left_out = [change["id"] for change in changes if change["repaired_start"] is None]
     assert found["left_out"]["first_ids"] == left_out
+
+
+def test_what_the_reader_notes(inputs, tmp_path, capsys):
+    """Of two files, which are one."""
+    lines = [
+        {"context": "anna lives in rome", "question": "who ?", "answer": "Anna", "answer_start": 0, "id": i % 3}
+        for i in range(4)
+    ]
+    lines += [{**lines[0], "question": ""}, {**lines[0], "id": None, "is_impossible": "true"}]
+    lines += [{**lines[0], "id": "no", "answer": [], "is_impossible": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "b.tsv").write_text("qid\tcontext\tquestion\tanswer\tanswer_start\nb\tben lives here\twho ?\there\t0\n")
+    (found,) = facts(capsys, inputs, tmp_path)
+    assert (found["layout"], found["questions"]) == ("JSON lines, flat rows; TSV, flat rows", 7)
+    assert {name: found[name]["count"] for name in check_data.NOTES} == dict.fromkeys(check_data.NOTES, 1)
+    assert found["repaired"] == {"count": 4, "first_ids": ["0", "1", "2", "b"], "farthest": 0, "start_is_0": 4}
+    shown = screen(capsys, inputs, tmp_path)
+    assert (
+        "  ! 1 of 7 questions are empty: left out of training, and answered in evaluation; first ids: a.jsonl: row 4"
+        in shown
+    )
+    assert f"{check_data.REPAIRED} (the answer_start of 4 is 0); first ids: 0, 1, 2, b" in shown
 
 
 def test_files_without_answers_or_without_a_good_one(inputs, tmp_path, capsys):

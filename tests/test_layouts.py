@@ -136,6 +136,96 @@ def test_parquet_of_many_row_groups(read):
     assert read(sink.getvalue().to_pybytes())["id"][:] == [str(i) for i in range(2500)]
 
 
+def as_csv(items, **how) -> bytes:
+    return pandas.DataFrame(items).to_csv(index=False, **how).encode("utf-8-sig")
+
+
+ROW = {"id": "1", "title": "", "context": 'Das Haus, "alt",\nsteht 日本に。', "question": "Was?"}
+HOUSE = {**ROW, "answers": {"text": ["Haus", "alt"], "answer_start": [4, 11]}}
+ONE = {**ROW, "answers": {"text": ["Haus"], "answer_start": [4]}}
+IN_A_CELL = {**ROW, "answers": json.dumps(HOUSE["answers"] | {"text": ["Haus", "😀"]})}
+BESIDE = {
+    "qid": "1",
+    "context_text": ROW["context"],
+    "query_text": "Was?",
+    "answer": "Haus",
+    "answer_begin_position": 4,
+}
+TABLES = {
+    "datasets": (lambda path: Dataset.from_list([HOUSE]).to_csv(path), HOUSE),
+    "pandas": (lambda path: pandas.DataFrame([HOUSE]).to_csv(path), HOUSE),  # with its index
+    "NumPy's numbers": (
+        lambda path: path.write_bytes(as_csv([{**ROW, "answers": "{'text': 'Haus', 'answer_start': int64(4)}"}])),
+        ONE,
+    ),
+    "JSON in a cell": (
+        lambda path: path.write_bytes(as_csv([IN_A_CELL])),
+        {**ROW, "answers": {"text": ["Haus", "😀"], "answer_start": [4, 11]}},
+    ),
+    "Excel": (lambda path: path.write_bytes(as_csv([BESIDE], sep=";", lineterminator="\r\n")), ONE),
+    "TSV, gzipped": (lambda path: path.write_bytes(gzip.compress(as_csv([BESIDE], sep="\t"))), ONE),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_csv(name, tmp_path):
+    write, expected = TABLES[name]
+    write(tmp_path / "file")
+    assert read_squad_file(tmp_path / "file", tmp_path / "cache").to_list() == [expected]
+
+
+def test_csv_without_answers_and_with_cells_that_only_look_like_code(read):
+    shown = "[{'text': __import__('os').abort()}]", "{'text': print('run')}", "[sic]", "{", "{x: y}"
+    items = [{"context": f"[{number}]", "question": "?", "answers": cell} for number, cell in enumerate(("", *shown))]
+    rows = read(as_csv(items))
+    assert [answers["text"] for answers in rows["answers"]] == [
+        [],
+        [shown[0]],
+        ["run"],
+        *([text] for text in shown[2:]),
+    ]
+    assert rows["context"][1] == "[1]"
+
+
+# ---- Other names and forms ----
+
+START = {"text": ["made of"], "answer_start": [30]}
+FORMS = {
+    "an object": {"answer": {"text": "made of", "answer_start": 30}},
+    "an object of lists": {"answer": {"text": ["made of"], "answer_start": [30]}},
+    "a text": {"answers": "made of", "answer_start": 30},
+    "a list beside a list": {"answer": ["made of"], "answer_start": [30]},
+    "a list beside a number": {"answers": ["made of"], "answer_begin_position": "30"},
+    "answer_text": {"answer_text": "made of", "answer_start": 30, "answer": None},
+    "answer_text in an object": {"answers": [{"answer_text": "made of", "answer_start": 30}]},
+    "spans": {"detected_answers": [{"text": "made of", "char_spans": [[30, 36], [50, 56]]}]},
+    "spans of the hub": {"detected_answers": {"text": ["made of"], "char_spans": [{"start": [30], "end": [36]}]}},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_answers_in_other_forms(name, read):
+    assert read([row(**{"answers": ..., **FORMS[name]})])["answers"][:] == [START]
+
+
+def test_other_names_of_a_row(read):
+    names = {"context_text": CONTEXT, "query_text": "Wovon?", "answer": "steel"}
+    ids = [{"question_id": "a"}, {"query_id": 2}, {"qid": "c"}, {"guid": "d", "id": None}, {"id": "e", "qid": "x"}]
+    rows = read([{**names, **id_} for id_ in ids])
+    assert rows["id"][:] == ["a", "2", "c", "d", "e"]
+    assert set(rows["context"]) == {CONTEXT} and set(rows["question"]) == {"Wovon?"}
+
+
+def test_mrqa(read):
+    found = [{"text": "Steel", "char_spans": [[42, 46]], "token_spans": [[9, 9]]}]
+    question = {"qid": "q1", "question": "Of what?", "answers": ["Steel", "iron"], "detected_answers": found}
+    lines = [{"header": {"dataset": "SQuAD", "split": "dev"}}, {"id": "", "context": CONTEXT, "qas": [question]}]
+    rows = read(as_json_lines(lines))
+    assert rows["id"][:] == ["q1"]
+    assert rows["answers"][:] == [{"text": ["Steel", "Steel", "iron"], "answer_start": [42, NO_START, NO_START]}]
+    assert layout(io.BytesIO(as_json_lines(lines)), "file") == "JSON lines, paragraphs"
+
+
 # ---- Answers, ids, numbers ----
 
 
@@ -149,6 +239,59 @@ def test_squad_2(read):
     ]
     answers = read([row(is_impossible=False), *impossible])["answers"][:]
     assert answers == [{"text": ["steel"], "answer_start": [42]}] + 4 * [{"text": [], "answer_start": []}]
+
+
+def test_is_impossible_as_text_and_beside_an_answer(read, caplog):
+    marks = ["false", "TRUE", " True ", "0", 1.0, "", None, True]
+    items = [row(id=str(i), is_impossible=mark, answers=["x"] * (i not in (1, 2))) for i, mark in enumerate(marks)]
+    texts = [answers["text"] for answers in read(items)["answers"]]
+    assert texts == [["x"], [], [], ["x"], [], ["x"], ["x"], []]
+    line = "2 of 8 questions have an answer but are marked is_impossible: taken as without an answer; first ids: 4, 7"
+    assert line in caplog.text
+
+
+def test_ids_that_are_there_again(read, caplog):
+    steel, bridge = ({"text": [text], "answer_start": [CONTEXT.index(text)]} for text in ("steel", "bridge"))
+    same = row(answers=steel), row(answers=bridge), row(answers=steel)
+    other = row(question="¿De qué?"), row(context="acero"), row(question="¿De qué?", answers=["acero"])
+    rows = read(
+        [*same, *other, row(id="r"), row(id=7), row(id="7"), row(id="row 3", question="x"), row(id="", question="y")]
+    )
+    assert rows["id"][:] == ["q1", "row 3", "row 4", "r", "7", "row 9", "row 10"]
+    assert rows[0]["answers"] == {"text": ["steel", "bridge"], "answer_start": [41, 15]}
+    assert rows[1]["answers"] == {"text": ["steel", "acero"], "answer_start": [42, NO_START]}
+    line = "3 of 7 questions are there again, of the same id and context: taken once, with all answers; first ids: "
+    assert f"{line}q1, row 3, 7" in caplog.text
+    line = "3 of 7 questions have the id of another one: their place in the file is taken instead; first ids: "
+    assert f"{line}row 3, row 4, row 9" in caplog.text
+
+
+def test_empty_questions_are_counted(read, caplog):
+    assert len(read([row(), row(id="a", question=""), row(id="b", question=" \u3000\n")])) == 3
+    line = "2 of 3 questions are empty: left out of training, and answered in evaluation; first ids: a, b"
+    assert line in caplog.text
+
+
+# ---- Several files ----
+
+
+def test_files_of_a_folder_or_of_a_pattern_are_one(tmp_path, caplog):
+    (tmp_path / "set" / "folder").mkdir(parents=True)
+    (tmp_path / "set" / ".hidden").write_text("no")
+    (tmp_path / "set" / "a.json").write_text(json.dumps([row(), row(id=..., question="Woraus?")]))
+    (tmp_path / "set" / "b.csv").write_bytes(as_csv([row(id="c", answers="steel"), row(id="", answers="steel")]))
+    with caplog.at_level(logging.INFO, logger="qa"):
+        for path in ("set", "set/*", "s*/*.*"):
+            rows = read_squad_file(tmp_path / path, tmp_path / "cache")
+            assert rows["id"][:] == ["q1", "a.json: row 1", "c", "b.csv: row 1"]
+            assert f"{tmp_path / path}: 2 files are read as one: a.json, b.csv." in caplog.text
+    assert read_squad_file(tmp_path / "set" / "*.json", tmp_path / "cache")["id"][:] == ["q1", "row 1"]
+    (tmp_path / "set" / "b.csv").write_bytes(as_csv([row(id="c", answers="steel")]) + b"too,few\n")
+    with pytest.raises(QAError, match="set: b.csv: CSV that cannot be read: .* Expected 5 columns, got 2"):
+        read_squad_file(tmp_path / "set", tmp_path / "cache")
+    (tmp_path / "set" / "b.csv").write_bytes(as_csv([row(id="c", answers=...)]))
+    with pytest.raises(QAError, match='set: b.csv: row 0: missing key "answers", which other questions'):
+        read_squad_file(tmp_path / "set", tmp_path / "cache")
 
 
 def test_no_gold_answers_title_or_string_ids(read):
@@ -165,7 +308,7 @@ def test_missing_ids_are_places_and_one_line_says_so(read, caplog):
         with caplog.at_level(logging.INFO, logger="qa"):
             assert read({"data": [article]})["id"][:] == ["q1", "q2", *places]
         (line,) = caplog.messages
-        assert f"2 of 4 questions have no id: their place in it is taken for one, such as {places[0]}" in line
+        assert f"2 of 4 questions have no id: their place in the file is taken for one; first ids: {places[0]}" in line
         caplog.clear()
     with caplog.at_level(logging.INFO, logger="qa"):
         read([PARAGRAPH])
@@ -199,7 +342,7 @@ REFUSED = {
     "cut off": (json.dumps(nested(), indent=4).encode()[:200], r"line \d+ column \d+: not JSON"),
     "not JSON lines": (json.dumps(row()).encode() + b'\n\n{"id": ', "line 3 column 8: not JSON"),
     "more after the end": (json.dumps(nested()).encode() + b"\n}", "line 2 column 1: not JSON"),
-    "UTF-16": (json.dumps(ARTICLE).encode("utf-16"), "not JSON: .*; read are JSON and JSON lines in UTF-8, and Parq"),
+    "UTF-16": (json.dumps(ARTICLE).encode("utf-16"), "not JSON: .*; read are JSON, JSON lines, CSV with"),
     "Latin-1": (
         json.dumps([row()], ensure_ascii=False).replace("😀", "").encode("latin-1"),
         "character 0 is not UTF-8",
@@ -225,14 +368,31 @@ REFUSED = {
     "no qas": ([{"paragraphs": [{"context": "c"}]}], r'row 0\.paragraphs\[0\]: missing key "qas"'),
     "no question key": (nested(question=...), rf'{QA}: missing key "question"'),
     "id is a float": (nested(id=1.5), rf"{QA}\.id: must be a string, is 1.5"),
-    "is_impossible is a string": (nested(is_impossible="no"), rf"{QA}\.is_impossible: must be true or false, is 'no'"),
-    "answers is a string": (nested(answers="king"), rf"{QA}\.answers: must be a list, is 'king'"),
+    "is_impossible is a word": (nested(is_impossible="no"), rf"{QA}\.is_impossible: must be true or false, is 'no'"),
+    "answers is a number": (nested(answers=5), rf"{QA}\.answers: must be a string, is 5"),
+    "an object in an answer": (nested(answers={"text": {}}), rf'{QA}\.answers: missing key "text"; found \[\]'),
+    "is_impossible is deep": (
+        nested(is_impossible=json.loads("[" * 500 + "]" * 500)),
+        r"must be true or false, is \[\[",
+    ),
     "answer without text": (nested(answers=[{"answer_start": 1}]), rf'{QA}\.answers\[0\]: missing key "text"'),
-    "answer is a number": (nested(answers=[5]), rf"{QA}\.answers\[0\]: must be an object, is 5"),
+    "answer is a number": (nested(answers=[5]), rf"{QA}\.answers\[0\]: must be a string, is 5"),
     "fewer starts": (nested(answers={"text": ["x"], "answer_start": []}), "1 texts but 0 answer_starts"),
-    "duplicate id": ([row(), row(id="b"), row()], "row 2: id 'q1' is already the id of row 0"),
-    "id 7 and id '7'": ([row(id=7), row(id="7")], "row 1: id '7' is already the id of row 0"),
-    "an id that is another's place": ([row(id="row 1"), row(id=...)], "row 1: id 'row 1' is already the id of row 0"),
+    "an id that is another's place": ([row(id="row 1"), row(id=...)], "row 1: needs its place for an id, but another"),
+    "is_impossible means the opposite": (
+        [row(id=str(i), is_impossible="TRUE") for i in range(7)] + [row(id="7", is_impossible=True, answers=[])],
+        r"7 of the 8 questions that are marked is_impossible have an answer \(first ids: 0, 1, 2, 3, 4\): take out",
+    ),
+    "CSV of other columns": (b"text,question\na,b\n", "line 1 column 1: not JSON: .* CSV with the columns' names"),
+    "CSV without questions": (
+        b"context,answer\na,b\n",
+        r"row 0: missing key \"question\"; found \['answers', 'context'\]",
+    ),
+    "CSV with a cell too many": (
+        b"context,question\na,b\na,b,c\n",
+        "CSV that cannot be read: .* Expected 2 columns, got 3",
+    ),
+    "CSV in Latin-1": (b"context\tquestion\na\xe9\tb\n", "TSV that cannot be read: .* invalid UTF8 data"),
     "answers in some rows only": ([row(), row(id="b", answers=...)], 'row 1: missing key "answers", which other'),
 }
 STARTS = {"four": "is 'four'", 4.5: r"is 4\.5", "9" * 5000: "is '99", True: "is True", float("nan"): "is nan"}
@@ -255,5 +415,7 @@ def test_refused_in_one_line(name, read, tmp_path):
 def test_files_that_cannot_be_opened(tmp_path):
     with pytest.raises(QAError, match="nowhere.json: cannot be read: No such file or directory"):
         read_squad_file(tmp_path / "nowhere.json")
-    with pytest.raises(QAError, match="cannot be read: Is a directory"):
+    with pytest.raises(QAError, match=r"\*.json: cannot be read: No such file or directory"):
+        read_squad_file(tmp_path / "*.json")
+    with pytest.raises(QAError, match="cannot be read: Is a directory"):  # which holds no file
         read_squad_file(tmp_path)

@@ -64,6 +64,21 @@ def test_repaired_answers_are_listed(inputs, tmp_path, capsys):
     assert (tmp_path / "repaired_answers.json").read_text() == "[]"
 
 
+def test_a_folder_and_a_pattern_with_an_empty_question(inputs, tmp_path, capsys):
+    """Which is not trained on, but answered."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.json").write_bytes(Path(inputs["dev"]).read_bytes())
+    row = "anna lives in rome,{},rome,14\n"
+    questions = "".join(row.format(question) for question in ("where ?", "", "where does anna live ?"))
+    (tmp_path / "set" / "b.csv").write_text(f"context,question,answer_text,answer_start\n{questions}")
+    files = ["--train_file", str(tmp_path / "set"), "--do_eval", "--validation_file", str(tmp_path / "set" / "*.csv")]
+    run_squad.main([*command(inputs, tmp_path / "out", "dev"), *files])
+    assert printed_scores(capsys)["total"] == 3
+    assert list(read(tmp_path / "out", "eval_predictions.json")) == ["row 0", "row 1", "row 2"]
+    assert read(tmp_path / "out", "train_results.json")["train_samples"] == 8
+    report.main([str(tmp_path / "out")])
+
+
 def test_drop_and_refuse(inputs, tmp_path, capsys):
     run_squad.main(command(inputs, tmp_path / "out", "moved", "--misplaced_answers", "drop"))
     assert read(tmp_path / "out", "train_results.json")["train_samples"] == 9
