@@ -4,7 +4,7 @@
     python run_squad.py --model_name_or_path google-bert/bert-base-uncased --dataset_name squad --do_train --do_eval \
         --output_dir squad_model
     torchrun --nproc_per_node=8 run_squad.py ...
-    python run_squad.py arguments.json
+    python run_squad.py arguments.json [--learning_rate 1e-4 ...]
 """
 
 import json
@@ -35,6 +35,7 @@ from qa.legacy_flags import parse_flags
 from qa.load_model import (
     POSITION_EMBEDDING_TYPES,
     check_length,
+    fit_token_types,
     load_config,
     load_model,
     load_tokenizer,
@@ -65,6 +66,9 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "A folder or the name of a model on the hub."})
     config_name: str | None = field(default=None, metadata={"help": "Another configuration than the model's own."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Another tokenizer than the model's own."})
+    do_lower_case: bool | None = field(
+        default=None, metadata={"help": "Whether a tokenizer lower-cases text whose folder does not say it."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where models, datasets and features are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
     token: str | None = field(default=None, metadata={"help": "Token for the hub, instead of `hf auth login`'s."})
@@ -85,7 +89,7 @@ class DataTrainingArguments(AnswerSettings, WindowSettings):
 
     _argument_group_name = "questions and answers"
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the hub, such as squad."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the hub, such as squad, or a folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     train_file: str | None = field(
         default=None,
@@ -189,7 +193,13 @@ class QATrainingArguments(TrainingArguments):
             self.run_name = os.path.basename(os.path.normpath(self.output_dir))
         if self.use_cpu or torch.cuda.is_available():
             meet_after_restart(self.ddp_backend or ("gloo" if self.use_cpu else "nccl"), self.ddp_timeout)
+        if self.disable_tqdm is None:  # else it goes by what transformers logs, which an earlier run here has set
+            self.disable_tqdm = self.log_level in ("warning", "error", "critical")
         super().__post_init__()
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            raise QAError(f"ACCELERATE_MIXED_PRECISION is {self.mixed_precision!r}, must be no, fp16 or bf16")
+        # accelerate's launcher may have decided on it.
+        self.fp16, self.bf16 = (self.mixed_precision == name for name in ("fp16", "bf16"))
         if self.greater_is_better and scheduled_by_metric:
             # Both wait for a number that falls, unless they are told.
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
@@ -226,20 +236,19 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     source = {field: getattr(model_args, field) for field in ("token", "cache_dir", "trust_remote_code")}
     source["revision"] = model_args.model_revision
     config = load_config(name, model_args.position_embedding_type, config_name=model_args.config_name, **source)
-    tokenizer = load_tokenizer(model_args.tokenizer_name or name, **source)
+    tokenizer = load_tokenizer(model_args.tokenizer_name or name, model_args.do_lower_case, **source)
     examples, answer_changes = read_examples(model_args, data_args, training_args)
     features = make_windows(examples, tokenizer, data_args, training_args)
 
     settings = checkpoints.run_settings(model_args, data_args, training_args, position_type_of(config), features)
-    trained, checkpoint = False, None
-    if training_args.do_train:
-        restarted = was_restarted()
-        trained, checkpoint = on_main_process(lambda: checkpoints.plan_training(training_args, settings, restarted))
+    restarted = was_restarted()
+    trained, checkpoint = on_main_process(lambda: checkpoints.plan_run(training_args, settings, restarted))
     if trained:
         model = load_trained_model(training_args.output_dir, model_args.trust_remote_code)
     else:
-        model = load_model(name, config, **source)
+        model = load_model(name, config, complete=not training_args.do_train, **source)
     resize_position_embeddings(model, tokenizer, data_args.max_seq_length)
+    fit_token_types(model, tokenizer)
     check_length(data_args.max_seq_length, model, tokenizer)
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
     log_summary(model, data_args, training_args)
@@ -274,7 +283,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments, QATrainingArguments]:
-    """The three groups of arguments from flags, or from the one JSON file that `argv` names.
+    """The three groups of arguments from flags, and from the JSON file that may stand before them.
 
     Raises QAError for a flag that is unknown or refused, and for a value that cannot be.
     """
@@ -285,7 +294,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArgume
         usage="%(prog)s --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",
         description=__doc__.split("\n")[0],
     )
-    set_up_logging(logging.INFO if training_args.process_index == 0 else logging.ERROR)
+    level = logging.INFO if training_args.log_level == "passive" else training_args.get_process_log_level()
+    set_up_logging(level if training_args.process_index == 0 else logging.ERROR)
     for notice in notices:
         logger.info(notice)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
@@ -420,7 +430,8 @@ def log_where(training_args: QATrainingArguments) -> None:
 
 
 def _exit(message: str, status: int, any_process: bool = False) -> None:
-    if any_process or int(os.environ.get("RANK", "0")) == 0:
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))  # one line on each machine
+    if any_process or int(rank) == 0:
         print(f"run_squad.py: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -9,15 +9,14 @@ What transformers' Trainer does not do, and this one does:
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -139,13 +138,14 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         examples = self.eval_examples if eval_examples is None else eval_examples
         metrics = self._answer(features, examples, metric_key_prefix)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        # A copy, since a notebook's progress callback takes out what it does not show.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(metrics))
         return metrics
 
     def predict(self, predict_dataset, predict_examples, ignore_keys=None, metric_key_prefix="predict"):
         """Answers `predict_examples` and returns the metrics: those of speed alone where there are no gold answers."""
         metrics = self._answer(predict_dataset, predict_examples, metric_key_prefix)
-        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, dict(metrics))
         return metrics
 
     def _answer(self, features, examples, prefix: str) -> dict[str, float]:
@@ -291,7 +291,10 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
 
     @contextlib.contextmanager
     def signals_noted(self):
-        """SIGTERM and SIGINT are only noted, however often they come (torchrun sends Ctrl-C twice)."""
+        """SIGTERM and SIGINT are only noted, however often they come (torchrun sends Ctrl-C twice).
+
+        In a thread beside the main one, as a web app's, signals are the main thread's: they are left to it.
+        """
 
         def remember(signal_number, frame):
             if not self.signal_received:
@@ -300,7 +303,8 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
                     # Python's own streams cannot be written to while the signal interrupts their writing.
                     os.write(2, f"\n{signal.Signals(signal_number).name}: finishing this step, then saving.\n".encode())
 
-        earlier = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        earlier = {number: signal.signal(number, remember) for number in STOP_SIGNALS if in_main_thread}
         try:
             yield
         finally:
@@ -396,8 +400,8 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         def write():
             write_json(os.path.join(self.args.output_dir, f"{split}_results.json"), dict(sorted(metrics.items())))
             if combined:
-                file = Path(self.args.output_dir, "all_results.json")
-                earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+                earlier = checkpoints.earlier_results(self.args.output_dir)
+                file = os.path.join(self.args.output_dir, checkpoints.ALL_RESULTS)
                 write_json(file, dict(sorted({**earlier, **metrics}.items())))
 
         on_main_process(write)

@@ -54,14 +54,14 @@ class AnswerSettings:
 
 
 class NBest(UserDict):
-    """The n-best list of each question, by question id; kept as JSON, a small part of the memory of its dicts.
+    """The n-best list of each question, by question id; kept as JSON in UTF-8, a small part of its dicts' memory.
 
     A list holds, best first, dicts {text, probability, start_logit, end_logit, start, end}; start and end are
     character offsets into the context, the null answer has text "" and None for both.
     """
 
     def __setitem__(self, id_: str, entries: list[dict]) -> None:
-        self.data[id_] = json.dumps(entries, allow_nan=False)
+        self.data[id_] = json.dumps(entries, allow_nan=False, ensure_ascii=False).encode()
 
     def __getitem__(self, id_: str) -> list[dict]:
         return json.loads(self.data[id_])
@@ -303,6 +303,7 @@ class AnswerSearch:
             by_token = column(features, f"char_{name}s")
             token = self.results[name][window, rank] - self.context_start[window]
             characters[i, spans] = by_token.values.to_numpy()[by_token.offsets.to_numpy()[window - low] + token]
+        characters[1] = characters.max(axis=0)  # a span of white space alone ends before it starts
         return characters
 
 
@@ -384,7 +385,7 @@ def write_predictions(predictions: QAPredictions, output_dir: str, prefix: str) 
 def _question_a_line(n_best: NBest) -> Iterator[str]:
     separator = "{\n"
     for id_, json_list in n_best.data.items():
-        yield f"{separator}{json.dumps(id_)}: {json_list}"
+        yield f"{separator}{json.dumps(id_, ensure_ascii=False)}: {json_list.decode()}"
         separator = ",\n"
     yield "\n}\n" if n_best else "{}\n"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qa.files import QAError, write_json
+from qa.files import QAError, read_json, write_json
 from qa.windows import features_fingerprint
 from utils_qa import AnswerSettings
 
@@ -24,6 +24,11 @@ MARKER = "checkpoint_complete.json"  # what a checkpoint holds beside the Traine
 RUN_STATE = "run_state.json"  # whether the run in an output_dir is "training" or "trained", and its settings
 QA_SETTINGS = "qa_settings.json"  # so that ask.py and report.py need not be told again
 REPAIRED_ANSWERS = "repaired_answers.json"  # the training answers that did not stand at their answer_start
+ALL_RESULTS = "all_results.json"  # the metrics of training, evaluation and prediction
+MODEL_FILES = (  # what training leaves in output_dir, and an evaluation does not
+    *("README.md", "config.json", "*.safetensors", "tokenizer*.json", "modeling_*.py", "checkpoint-*"),
+    *("train_results.json", "trainer_state.json", "training_args.bin", REPAIRED_ANSWERS),
+)
 # A checkpoint can be resumed with other values of these flags; all others must be equal. The questions are compared by
 # their features' fingerprint, wherever they come from.
 MAY_DIFFER = """
@@ -81,7 +86,7 @@ def mark_complete(checkpoint: str, settings: dict, resumable: bool, loss_sums: l
 
 
 def read_marker(checkpoint: str) -> dict:
-    return json.loads(Path(checkpoint, MARKER).read_text(encoding="utf-8"))
+    return read_json(Path(checkpoint, MARKER))
 
 
 def remove_checkpoint(folder: str) -> None:
@@ -122,8 +127,11 @@ def run_settings(model_args, data_args, training_args, position_embedding_type: 
     return json.loads(json.dumps(settings, default=str))
 
 
-def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> None:
-    """Raises QAError that names what differs between the settings of the run in `folder` and those of this one."""
+def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike, otherwise: str) -> None:
+    """Raises QAError that names what differs between the settings of the run in `folder` and those of this one.
+
+    otherwise: what can be done but to give the same flags.
+    """
     changed = [
         f"{name} is {settings.get(name)!r}, was {value!r}"
         for name, value in earlier.items()
@@ -132,7 +140,7 @@ def check_settings(earlier: dict, settings: dict, folder: str | os.PathLike) -> 
     if changed:
         raise QAError(
             f"cannot go on with {folder}, which belongs to another run: {'; '.join(changed)}. Use the same flags, "
-            "another --output_dir, or --overwrite_output_dir to start anew"
+            f"{otherwise}"
         )
 
 
@@ -156,24 +164,37 @@ def write_qa_settings(training_args, model_args, data_args) -> None:
 # ---- The run in an output_dir ----
 
 
-def plan_training(training_args, settings: dict, restarted: bool) -> tuple[bool, str | None]:
+def earlier_results(output_dir: str | os.PathLike) -> dict:
+    """The metrics that stand in `output_dir` already. Raises QAError where that file is not one of metrics."""
+    file = Path(output_dir, ALL_RESULTS)
+    return read_json(file) if file.exists() else {}
+
+
+def plan_run(training_args, settings: dict, restarted: bool) -> tuple[bool, str | None]:
     """What is left to do: (whether the model in output_dir is trained already, the checkpoint to resume or None).
 
     restarted: by torchrun or SLURM: resume even with --overwrite_output_dir. Raises QAError where training would
     overwrite something else or mix two runs.
     """
     folder = Path(training_args.output_dir)
+    earlier_results(folder)  # raises
+    if not training_args.do_train:
+        return False, None
     file = folder / RUN_STATE
     checkpoint = named = training_args.resume_from_checkpoint
-    if file.exists() and (restarted or not training_args.overwrite_output_dir):
-        state = json.loads(file.read_text(encoding="utf-8"))
-        check_settings(state["settings"], settings, folder)
+    if not file.exists():
+        _check_is_free(folder, named)
+    elif restarted or not training_args.overwrite_output_dir:
+        state = read_json(file)
+        otherwise = (
+            "another --output_dir (with --model_name_or_path CHECKPOINT to train on from its weights), or "
+            "--overwrite_output_dir to start anew"
+        )
+        check_settings(state["settings"], settings, folder, otherwise)
         if state["status"] == "trained":
             return True, None
         newest = _newest_to_resume(folder)
         checkpoint = newest or named if restarted else named or newest
-    elif not training_args.overwrite_output_dir:
-        _check_is_free(folder, named)
     elif named is None:
         _check_start_stays(folder, settings)
     if checkpoint is not None:
@@ -206,12 +227,13 @@ def _check_start_stays(folder: Path, settings: dict) -> None:
 
 
 def _check_is_free(folder: Path, named: str | None) -> None:
-    names = ("config.json", "train_results.json", REPAIRED_ANSWERS, "checkpoint-*")
-    held = [path.name for name in names for path in folder.glob(name)]
+    """Raises QAError where the folder, in which no run has begun, holds a file such as training writes."""
+    names = MODEL_FILES if (folder / QA_SETTINGS).exists() else (*MODEL_FILES, "*_results.json")  # of an evaluation
+    held = [path.name for name in names for path in sorted(folder.glob(name))]
     if held and not (named and _is_checkpoint_in(folder, named)):
         raise QAError(
-            f"--output_dir {folder} holds {held[0]} of something else: name another folder, or give "
-            "--overwrite_output_dir"
+            f"--output_dir {folder} holds {held[0]} of something else, which training could overwrite: name another "
+            "folder, or move it away"
         )
 
 
@@ -235,4 +257,8 @@ def _check_resumable(checkpoint: str, settings: dict) -> None:
     marker = read_marker(checkpoint)
     if not marker["resumable"]:
         raise QAError(f"the checkpoint {checkpoint} holds weights alone (--save_only_model): it cannot be resumed")
-    check_settings(marker["settings"], settings, checkpoint)
+    otherwise = (
+        f"or train on from its weights: --model_name_or_path {checkpoint} and a new --output_dir, without "
+        "--resume_from_checkpoint"
+    )
+    check_settings(marker["settings"], settings, checkpoint, otherwise)

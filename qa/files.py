@@ -1,11 +1,15 @@
 """What every room needs and none is about: errors in one line, and files written whole."""
 
 import argparse
+import codecs
 import contextlib
+import io
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -37,7 +41,16 @@ def told_in_one_line(what: str) -> Iterator[None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line, without the usage."""
+    """Errors are one line, without the usage, and ~ is a home folder (but in arguments of type=str).
+
+    And what is printed is printed, whatever letters the console lacks.
+    """
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.register("type", None, os.path.expanduser)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's, which lacks none
+            sys.stdout.reconfigure(errors="backslashreplace")  # as standard error
 
     def error(self, message: str) -> NoReturn:
         self.refuse(f"{message} (--help shows all flags)")
@@ -66,12 +79,33 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
 
 def write_text(path: str | os.PathLike, pieces: Iterable[str]) -> None:
     """Writes the pieces, one after the other, as UTF-8, as `written_whole` does, and flushes them to the disk."""
-    with written_whole(path) as partial, open(partial, "w", encoding="utf-8", buffering=2**20) as file:
+    # The halves of surrogate pairs, which stand for bytes in the names of files, become escapes that JSON knows.
+    utf8 = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with written_whole(path) as partial, open(partial, "w", buffering=2**20, **utf8) as file:
         file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())  # a loss of power would leave the new name and none of its bytes
 
 
 def write_json(path: str | os.PathLike, obj) -> None:
-    """Writes `obj` as JSON (indent 4, ASCII), as `write_text` does. Raises ValueError for NaN and infinity."""
-    write_text(path, [json.dumps(obj, indent=4, allow_nan=False), "\n"])
+    """Writes `obj` as JSON (indent 4), as `write_text` does. Raises ValueError for NaN and infinity."""
+    write_text(path, [json.dumps(obj, indent=4, allow_nan=False, ensure_ascii=False), "\n"])
+
+
+def json_line(obj) -> str:
+    """`obj` as JSON to print, in one line: letters as they are where standard output is UTF-8, else in ASCII."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+    # Control characters that JSON leaves as they are; they could command the terminal, or end the line.
+    escape = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
+    return json.dumps(obj, ensure_ascii=not is_utf8).translate(escape)
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file. Raises QAError that names the file where it holds none, or cannot be read."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (OSError, ValueError) as error:
+        raise QAError(f"{path}: cannot be read as a JSON object ({one_line(error)}): move it away") from error
+    return content

@@ -1,4 +1,4 @@
-"""Flags: a command line, or one JSON file, as instances of the argument dataclasses.
+"""Flags: a command line, with or without a JSON file before it, as instances of the argument dataclasses.
 
 The old flags of transformers 4's run_squad.py, run_squad_trainer.py, run_qa.py and TrainingArguments are taken too:
 `OLD_FLAGS`, at the end, says what each is read as, why it is ignored, or what to use instead. A flag that would change
@@ -23,7 +23,8 @@ Flags = dict[str, list[str]]  # name, with underscores -> values; of a flag that
 
 
 def parse_flags(dataclass_types: Iterable[type], argv: list[str], **settings: Any) -> tuple[tuple, list[str]]:
-    """An instance of each dataclass, and log lines about old flags, from a command line or the JSON file that it names.
+    """An instance of each dataclass, and log lines about old flags, from a command line. That may begin with the name
+    of a JSON file of flags, which those after it win over. A ~ that a value begins with is the home folder.
 
     `settings` go to ArgumentParser. Raises QAError for flags that are unknown, no longer taken or contradict each
     other, and for values that the parser or the dataclasses (such as transformers' TrainingArguments) do not accept.
@@ -34,15 +35,20 @@ def parse_flags(dataclass_types: Iterable[type], argv: list[str], **settings: An
     if argv and argv[-1] in ("\\", " ", "\t", "\r", "\n"):
         *argv, end = argv
         notices = [f"dropped the last argument, {end!r}: any flags on a line after it did not arrive"]
-    file = argv[0] if len(argv) == 1 and argv[0].endswith(".json") else None
+    file, *argv = argv if argv and argv[0].endswith(".json") else (None, *argv)
+    flags = {}
     try:
-        flags = split_flags(argv) if file is None else flags_from_json(file)
-        flags, translations = translate_flags(flags)
+        for given in (flags_from_json(file) if file else {}, split_flags(argv)):
+            given = {name: [os.path.expanduser(value) for value in values] for name, values in given.items()}
+            given, translations = translate_flags(given)
+            flags |= given
+            notices += translations
         refuse_unknown_flags(flags, parser.dataclass_types)
         instances = parser.parse_args_into_dataclasses(join_flags(flags), look_for_args_file=False)
     except (ValueError, ImportError, OSError) as error:
-        raise QAError(one_line(error) if file is None else f"{file}: {one_line(error)}") from error
-    return instances, notices + translations
+        where = "" if file is None else f"{file} and the flags after it: " if argv else f"{file}: "
+        raise QAError(where + one_line(error)) from error
+    return instances, notices
 
 
 def make_parser(dataclass_types: Iterable[type], **settings: Any) -> HfArgumentParser:
@@ -72,7 +78,9 @@ def split_flags(argv: list[str]) -> Flags:
             values = [value] if equals else []
             flags["help" if name == "-h" else name.replace("-", "_")] = values
         elif values is None:
-            raise QAError(f"unexpected argument {argument!r}")
+            raise QAError(
+                f"unexpected argument {argument!r}: flags begin with --, and a file of them is in JSON (*.json)"
+            )
         else:
             values.append(argument)
     return flags
@@ -186,6 +194,12 @@ def unless_empty(flag: str) -> Translation:
     return lambda value, given: {flag: value} if value else "ignored, it is empty"
 
 
+def newest_unless_named(checkpoint: str, given: Given) -> dict[str, str] | str:
+    if checkpoint.lower() in ("", "true", "false"):
+        return "ignored, a run in --output_dir goes on by itself, and --overwrite_output_dir starts anew"
+    return {"resume_from_checkpoint": checkpoint}
+
+
 def in_data_dir(flag: str) -> Translation:
     return lambda file, given: {flag: os.path.join(given.get("data_dir", ""), file)}
 
@@ -234,7 +248,7 @@ OLD_FLAGS: dict[str, Translation] = {
     "config_name": unless_empty("config_name"),
     "tokenizer_name": unless_empty("tokenizer_name"),
     "cache_dir": unless_empty("cache_dir"),
-    "do_lower_case": ignored("the tokenizer's own setting holds"),
+    "do_lower_case": switch("do_lower_case", on="True", off="False"),
     "use_fast": ignored("the tokenizer is always a fast one"),
     "lang_id": refused("use a model without language ids, such as FacebookAI/xlm-roberta-base"),
     "verbose_logging": ignored("what is left out of the data is always logged; --log_level chooses the rest"),
@@ -269,6 +283,7 @@ OLD_FLAGS: dict[str, Translation] = {
     "save_safetensors": refused(SAFETENSORS, "", "true"),
     "no_save_safetensors": refused(SAFETENSORS, "false"),
     "logging_dir": tensorboard_folder,
+    "resume_from_checkpoint": newest_unless_named,
     "ray_scope": ignored("nothing here searches hyperparameters"),
     "push_to_hub_model_id": renamed("hub_model_id"),
     "push_to_hub_organization": refused("use --hub_model_id ORGANIZATION/NAME"),

@@ -1,7 +1,9 @@
 """From a checkpoint's name to configuration, tokenizer and model, and from a saved folder to what others can read."""
 
+import inspect
 import json
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from qa import hub
 from qa.files import QAError, one_line, write_json
@@ -28,10 +31,22 @@ POSITION_EMBEDDING_TYPES = ("absolute", *RELATIVE_TYPES)
 def load_config(name: str, position_embedding_type: str | None = None, config_name: str | None = None, **source):
     """The configuration of the model `name`, or `config_name`, with the position type that was asked for.
 
-    `name`: a folder, or a name on the hub; `source`: as `_from_hub` takes it. Raises QAError where there is no such
-    model, or the position type does not suit it.
+    `name`: a folder, or a name on the hub; `source`: as `_load` takes it. Raises QAError where there is no such
+    model, the position type does not suit it, or its class is code of its own that is not trusted.
     """
-    config = _from_hub(AutoConfig, config_name or name, "a configuration", **source)
+    try:
+        config = _load(AutoConfig.from_pretrained, config_name or name, "a configuration", **source)
+    except QAError as error:
+        if "`model_type` key" not in str(error):
+            raise
+        raise QAError(
+            f"cannot load a configuration from {config_name or name}: there is no config.json, or it has no "
+            'model_type: add it (such as "model_type": "bert"), or give a file that has it as --config_name'
+        ) from error
+    own_class = (getattr(config, "auto_map", None) or {}).get("AutoModelForQuestionAnswering", "")
+    ours = own_class.endswith(f".{RelativeBertForQuestionAnswering.__name__}")
+    if own_class and not ours and not source.get("trust_remote_code"):
+        raise QAError(f"{name} has a model class of its own, {own_class}: give --trust_remote_code to run it")
     position_type = resolve_position_embedding_type(config, name, position_embedding_type)
     if config.model_type == "bert":
         config.position_embedding_type = position_type
@@ -67,10 +82,30 @@ def position_type_of(config: PreTrainedConfig) -> str:
     return getattr(config, "position_embedding_type", None) or "absolute"
 
 
-def load_tokenizer(name: str, **source) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model `name`. Raises QAError where there is none, or not one that windows can be made by."""
-    tokenizer = _from_hub(AutoTokenizer, name, "a tokenizer", **source)
+def load_tokenizer(name: str, do_lower_case: bool | None = None, **source) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model `name`; where its folder does not say whether it lower-cases, `do_lower_case` does.
+
+    Raises QAError where there is none, or not one that windows can be made by, or `do_lower_case` is not what it does.
+    Capitals in the vocabulary of one that lower-cases are logged.
+    """
+    settings = {}
+    if do_lower_case is not None and "do_lower_case" not in _load(get_tokenizer_config, name, "a tokenizer", **source):
+        settings["do_lower_case"] = do_lower_case
+    tokenizer = _load(AutoTokenizer.from_pretrained, name, "a tokenizer", **settings, **source)
     check_tokenizer(tokenizer)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    lower_cases = normalizer is not None and "a" in normalizer.normalize_str("A")
+    if do_lower_case not in (None, lower_cases):
+        raise QAError(
+            f"--do_lower_case is {do_lower_case}, but the tokenizer of {name} {'does' if lower_cases else 'does not'} "
+            "lower-case text: leave the flag out, or use another tokenizer"
+        )
+    tokens = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() if lower_cases else ()
+    if cased := sorted(token for token in tokens if re.search("[A-Z]", token)):
+        logger.warning(
+            f"The tokenizer of {name} lower-cases text, but {len(cased)} of its {len(tokens)} tokens have capitals and "
+            f"never occur (such as {cased[0]}): if the model is a cased one, give --do_lower_case False."
+        )
     return tokenizer
 
 
@@ -85,20 +120,35 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise QAError(f"{name} has no padding token: use a model whose tokenizer has one")
 
 
-def load_model(name: str, config: PreTrainedConfig, **source) -> PreTrainedModel:
-    """The model `name` built by `config`, its new parameters logged. Raises QAError where it cannot be loaded."""
+def load_model(name: str, config: PreTrainedConfig, complete: bool = False, **source) -> PreTrainedModel:
+    """The model `name` built by `config`, its new parameters logged.
+
+    `complete`: nothing is going to train it, so that none may be new. Raises QAError for those, for weights of another
+    shape than `config` says, and where the model cannot be loaded.
+    """
     absolute = position_type_of(config) == "absolute"
     model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
     # float32 whatever the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
-    settings = {"config": config, "output_loading_info": True, "dtype": torch.float32}
-    model, report = _from_hub(model_class, name, "a model", **settings, **source)
+    settings = {"config": config, "output_loading_info": True, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    model, report = _load(model_class.from_pretrained, name, "a model", **settings, **source)
     if any("distance_embedding" in key for key in report["unexpected_keys"]):
         raise QAError(
             f"{name} has relative position embeddings, but the configuration says {position_type_of(config)}: leave "
             "--config_name out, or give one with the checkpoint's own position_embedding_type"
         )
-    if report["missing_keys"]:
-        logger.info("New parameters, not in %s: %s.", name, ", ".join(sorted(report["missing_keys"])))
+    if mismatched := sorted(key for key, *_ in report["mismatched_keys"]):
+        raise QAError(
+            f"the weights of {name} have other shapes than the configuration says ({_some(mismatched)}): its "
+            "config.json, or what --config_name names, is of another model"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing and complete:
+        raise QAError(
+            f"{name} lacks {_some(missing)}: it was not trained to answer questions with them; train it with "
+            "run_squad.py first"
+        )
+    if missing:
+        logger.info("New parameters, not in %s: %s.", name, ", ".join(missing))
     # Saved by the names of today; transformers would write those of the file back, such as Google's gamma and beta.
     model.__dict__.pop("_weight_conversions", None)
     return model
@@ -107,15 +157,18 @@ def load_model(name: str, config: PreTrainedConfig, **source) -> PreTrainedModel
 def load_trained_model(folder: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a run has saved in `folder`. Raises QAError where one of its weights is missing there."""
     source = {"trust_remote_code": trust_remote_code}
-    model = load_model(folder, load_config(folder, **source), **source)
-    load_weights(model, folder)
-    return model
+    return load_model(folder, load_config(folder, **source), complete=True, **source)
 
 
-def _from_hub(auto_class, name, what, revision="main", token=None, cache_dir=None, trust_remote_code=False, **settings):
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are, for a message of one line."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _load(load, name, what, revision="main", token=None, cache_dir=None, trust_remote_code=False, **settings):
     source = {"revision": revision, "token": token, "cache_dir": cache_dir}
     with hub.loading(f"cannot load {what} from {name}", name, "model", **source):
-        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **source, **settings)
+        return load(name, trust_remote_code=trust_remote_code, **source, **settings)
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
@@ -137,18 +190,37 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
 
 def check_length(max_seq_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises QAError where the model has too few positions for `max_seq_length`, or embeddings for the tokenizer."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if longest is not None and getattr(table, "padding_idx", None) is not None:
-        longest -= table.padding_idx + 1  # RoBERTa counts positions from there
+    longest = _absolute_positions(model)
     if longest is not None and max_seq_length > longest:
         raise QAError(
             f"--max_seq_length is {max_seq_length}, but the model has positions for {longest} tokens only; BERT with "
             "relative positions (position_embedding_type relative_key, relative_key_query) takes longer windows"
         )
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
     if len(tokenizer) > rows:
         raise QAError(f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows} only")
+
+
+def _absolute_positions(model: PreTrainedModel) -> int | None:
+    """For how many tokens the model has a table of absolute positions; None where it has none (ModernBERT, T5)."""
+    for name, module in model.base_model.named_modules():
+        rows = getattr(module, "weight", None)
+        leaf = name.rpartition(".")[2]
+        if rows is not None and ("position" in leaf or leaf == "wpe"):
+            padding_idx = getattr(module, "padding_idx", None)
+            before = 0 if padding_idx is None else padding_idx + 1  # RoBERTa counts positions from there
+            return min(len(rows), getattr(model.config, "max_position_embeddings", len(rows))) - before
+    return None
+
+
+def fit_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Leaves token types out of what the tokenizer gives, also when it is saved, where the model has no two of them."""
+    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    tells_apart = takes_types and getattr(model.config, "type_vocab_size", None) != 1
+    if "token_type_ids" in tokenizer.model_input_names and not tells_apart:
+        inputs = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs
+        logger.info("Token types are left out: the model does not tell them apart.")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -55,6 +56,7 @@ def load_examples(
 ) -> dict[str, Dataset]:
     """Examples of each split ("train", "validation", "test") from the hub, from files, or from both.
 
+    `dataset_name` may be a folder, also one of `save_to_disk`: a single Dataset is of the split that it was taken from.
     `files` maps a split to a path; a file takes the place of the hub dataset's split of that name. Every split has the
     columns of STORED_FEATURES, "answers" only where the source has gold answers.
 
@@ -64,10 +66,14 @@ def load_examples(
     if dataset_name:
         what = f"--dataset_name {dataset_name}: cannot be loaded from the hub or its cache"
         with hub.loading(what, dataset_name, "dataset", token=token, cache_dir=cache_dir) as id_:
-            found = datasets.load_dataset(id_, dataset_config_name, cache_dir=cache_dir, token=token)
+            if os.path.exists(os.path.join(id_, datasets.config.DATASET_STATE_JSON_FILENAME)):
+                saved = datasets.load_from_disk(id_)
+                found = {re.match(r"\w+", str(saved.split or "train"))[0]: saved}  # which may be "train[:100]"
+            else:
+                found = datasets.load_dataset(id_, dataset_config_name, cache_dir=cache_dir, token=token)
         for split in ("train", "validation", "test"):
             if split in found and files.get(split) is None:
-                splits[split] = _read_hub_split(found[split], f"{dataset_name} ({split})")
+                splits[split] = _read_hub_split(found[split], f"{dataset_name} ({split})", cache_dir)
     for split, path in files.items():
         if path is not None:
             splits[split] = read_squad_file(path, cache_dir)
@@ -83,7 +89,6 @@ def read_squad_file(path: str | os.PathLike, cache_dir: str | None = None) -> Da
     Raises QAError that names the file and the place in it.
     """
     path = os.fspath(path)
-    directory = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files")
     files = files_of(path)
     with errors_of(path):
         digests = []
@@ -94,7 +99,7 @@ def read_squad_file(path: str | os.PathLike, cache_dir: str | None = None) -> Da
         if len(files) > 1:
             logger.info("%s: %d files are read as one: %s.", path, len(files), ", ".join(files))
             key = hashlib.sha256(repr([*zip(files, digests, strict=True)]).encode()).hexdigest()
-        return _read_once(_rows(files), path, directory, key)
+        return _read_once(_rows(files), path, cache_dir, key)
 
 
 def files_of(path: str) -> dict[str, str]:
@@ -115,21 +120,21 @@ def _rows(files: dict[str, str]) -> Iterator[dict]:
                 yield row
 
 
-def _read_hub_split(dataset: Dataset, source: str) -> Dataset:
-    """The examples of a dataset whose rows are of any layout, kept beside the dataset's own file."""
+def _read_hub_split(dataset: Dataset, source: str, cache_dir: str | None) -> Dataset:
+    """The examples of a dataset whose rows are of any layout, kept as those of a file."""
     files = [file["filename"] for file in dataset.cache_files]
-    directory = os.path.dirname(files[0]) if files else datasets.config.HF_DATASETS_CACHE
     # A builder's fingerprint says where its files are, not what is in them.
     key = repr((dataset._fingerprint, [(file, os.stat(file).st_mtime_ns) for file in files]))
     key = hashlib.sha256(key.encode()).hexdigest()
     with errors_of(source):
         known = dataset.select_columns(known_columns(dataset.column_names)).with_format("arrow")
         records = chain.from_iterable(table.to_pylist() for table in known.iter(layouts.ROWS_PER_BATCH))
-        return _read_once(record_rows(records), source, directory, key)
+        return _read_once(record_rows(records), source, cache_dir, key)
 
 
-def _read_once(rows: Iterator[dict], source: str, directory: str, key: str) -> Dataset:
+def _read_once(rows: Iterator[dict], source: str, cache_dir: str | os.PathLike | None, key: str) -> Dataset:
     """The examples of these rows, kept under `key`, a hash of their source; the rows are not read if they are there."""
+    directory = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files")
     path = os.path.join(directory, f"squad-{key[:32]}-{READER}.arrow")
     if not os.path.exists(path):
         table, found = _to_table(rows)

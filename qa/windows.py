@@ -14,13 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetInfo, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from qa.columns import Texts, column, distinct_texts, lists, write_arrow
@@ -31,6 +30,8 @@ logger = logging.getLogger(__name__)
 TEXTS_PER_BATCH = 1000  # texts in one call of the tokenizer, fewer where they come to more than
 BYTES_PER_BATCH = 2**19  # on average: bounds the memory of what the tokenizer returns
 WINDOWS_PER_BATCH = 2000  # windows sliced at once: bounds the memory of the index arrays
+UNKNOWN_SHARE = 0.05  # of the contexts' tokens: above it the tokenizer is that of another language or case
+IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last white space
 
 
 @dataclass
@@ -61,14 +62,16 @@ def make_features(
     example_index int32, the row in `examples`; question_length int32, of the whole question, before it is cut;
     context_start int32, position of the first context token;
     char_starts, char_ends list<int32>, for each context token of the window its characters in the context, end
-    exclusive: combining marks that the tokenizer drops go with the letter before them;
+    exclusive, without white space at both ends: combining marks that the tokenizer drops go with the letter before
+    them; a token of white space alone starts at the next character that is none, and ends after the last one;
     and where `examples` have a column answers:
     start_positions, end_positions int32, of the first gold answer's first and last token, 0 ([CLS]) where the window
     does not hold it whole or there is none;
     answer_length int32, of the shortest gold answer in the whole context, 0 where there is none.
 
     `num_proc` processes tokenize and change nothing. The result is read from the cache next to `examples` unless
-    `overwrite_cache`. Raises QAError: no questions, or a doc_stride that leaves tokens uncovered.
+    `overwrite_cache`; of examples in memory it is in memory. Raises QAError: no questions, or a doc_stride that leaves
+    tokens uncovered.
     """
     if len(examples) == 0:
         raise QAError("there is no question to make features of")
@@ -77,13 +80,21 @@ def make_features(
     questions = questions._replace(distinct=pc.utf8_ltrim_whitespace(questions.distinct))
     answers = column(examples, "answers") if "answers" in examples.column_names else None
 
-    files = examples.cache_files
-    folder = os.path.dirname(files[0]["filename"]) if files else datasets.config.HF_DATASETS_CACHE
-    path = os.path.join(folder, f"cache-features-{_cache_key(contexts, questions, answers, tokenizer, windows)}.arrow")
-    if overwrite_cache or not os.path.exists(path):
+    path = None
+    if files := examples.cache_files:
+        key = _cache_key(contexts, questions, answers, tokenizer, windows)
+        path = os.path.join(os.path.dirname(files[0]["filename"]), f"cache-features-{key}.arrow")
+    if path is None or overwrite_cache or not os.path.exists(path):
         context_tokens = _tokenize(contexts, tokenizer, num_proc, f"{desc} (contexts)")
         question_tokens = _tokenize(questions, tokenizer, num_proc, f"{desc} (questions)")
-        write_arrow(path, *_feature_tables(context_tokens, question_tokens, answers, tokenizer, windows))
+        unknown = np.count_nonzero(context_tokens.ids == tokenizer.unk_token_id) / max(len(context_tokens.ids), 1)
+        if unknown > UNKNOWN_SHARE:
+            unread = f"{unknown:.1%} of the contexts' tokens are {tokenizer.unk_token}, of which a model reads nothing"
+            logger.warning(f"{unread}: use one whose tokenizer is of their language and case")
+        features, tables = _feature_tables(context_tokens, question_tokens, answers, tokenizer, windows)
+        if path is None:
+            return Dataset(pa.concat_tables(tables).cast(features.arrow_schema), DatasetInfo(features=features))
+        write_arrow(path, features, tables)
     return Dataset.from_file(path)
 
 
@@ -258,12 +269,17 @@ def _tokenize(texts: Texts, tokenizer, num_proc: int | None, desc: str) -> Token
 
 
 def _plain_backend(tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer of the tokenizers library, which is faster when called itself, set to neither cut nor pad."""
+    """The tokenizer of the tokenizers library, which is faster when called itself, as one that neither cuts nor pads.
+
+    Nor has it a post-processor: without special tokens to add, all that one does is to trim offsets, by rules that do
+    not go with every pre-tokenizer. Shares the parts of the tokenizer, which stays as it is.
+    """
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend
+    plain = tokenizers.Tokenizer(backend.model)
+    plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    plain.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
+    plain.encode_special_tokens = tokenizer.split_special_tokens
+    return plain
 
 
 def _token_table(rows: dict[str, list[str]], backend: tokenizers.Tokenizer) -> pa.Table:
@@ -273,7 +289,8 @@ def _token_table(rows: dict[str, list[str]], backend: tokenizers.Tokenizer) -> p
     lengths = [len(encoding) for encoding in encodings]
     ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, sum(lengths))
     spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
-    starts, ends = np.fromiter(spans, np.int32, 2 * sum(lengths)).reshape(-1, 2).T.copy()
+    starts, ends = np.fromiter(spans, np.int32, 2 * sum(lengths)).reshape(-1, 2).T
+    starts, ends = _trim(texts, lengths, starts, ends)
     marked = pc.match_substring_regex(pa.array(texts, pa.large_string()), r"\p{M}").to_numpy(zero_copy_only=False)
     stops = np.cumsum(lengths)
     for number in np.flatnonzero(marked):
@@ -281,6 +298,20 @@ def _token_table(rows: dict[str, list[str]], backend: tokenizers.Tokenizer) -> p
         _extend_over_marks(texts[number], starts[here], ends[here])
     columns = {"input_ids": ids, "char_starts": starts, "char_ends": ends}
     return pa.table({name: lists(lengths, values) for name, values in columns.items()})
+
+
+def _trim(texts: list[str], lengths: list[int], starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, ends), moved on and back over white space, inside their texts, which have so many tokens (`lengths`)."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)  # (num_characters,) of all texts
+    solid = ~IS_SPACE[np.minimum(codes, len(IS_SPACE) - 1)]
+    places = np.flatnonzero(solid)
+    passed = np.append(0, np.cumsum(solid))  # (num_characters + 1,): how many of `places` lie before each character
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    stop = np.repeat(np.cumsum(sizes), lengths)  # (num_tokens,), as is `begin`: of the token's text
+    begin = stop - np.repeat(sizes, lengths)
+    starts = np.minimum(np.append(places, len(codes))[passed[begin + starts]], stop) - begin
+    ends = np.maximum(np.append(0, places + 1)[passed[begin + ends]], begin) - begin
+    return starts.astype(np.int32), ends.astype(np.int32)
 
 
 def _extend_over_marks(text: str, starts: np.ndarray, ends: np.ndarray) -> None:
@@ -306,6 +337,7 @@ def _cache_key(contexts: Texts, questions: Texts, answers, tokenizer, windows: W
         tokenizer.split_special_tokens,
         tokenizers.__version__,
         _plain_backend(tokenizer).to_str(),
+        _pair_template(tokenizer),
     ]
     digest = hashlib.sha256(Path(__file__).read_bytes() + repr(settings).encode())
     for values in (*contexts, *questions, *([] if answers is None else [answers])):
@@ -391,7 +423,7 @@ class QADataCollator:
         holding = np.arange(padded_length) < lengths[:, None]  # (batch, padded length)
         batch = {"attention_mask": holding.astype(np.int64)}
         padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        for name in padding.keys() & rows[0].keys():
+        for name in padding.keys() & rows[0].keys() & set(self.tokenizer.model_input_names):
             batch[name] = np.full(holding.shape, padding[name])
             batch[name][holding] = np.concatenate([row[name] for row in rows])
         for name in ("start_positions", "end_positions", "window"):

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
@@ -31,7 +30,7 @@ from transformers.utils import cached_file  # noqa: E402
 from qa import hub, load_model  # noqa: E402
 from qa.checkpoints import QA_SETTINGS  # noqa: E402
 from qa.distributed import set_up_logging  # noqa: E402
-from qa.files import OneLineParser, QAError  # noqa: E402
+from qa.files import OneLineParser, QAError, json_line  # noqa: E402
 from qa.windows import QADataCollator, WindowSettings, make_features  # noqa: E402
 from utils_qa import AnswerSearch, AnswerSettings  # noqa: E402
 
@@ -69,7 +68,7 @@ def ask(args: argparse.Namespace) -> None:
     set_up_logging(logging.WARNING)
     datasets.disable_progress_bars()
     context = read_context(args.context_file)
-    model, tokenizer = load(args.model_dir)
+    model, tokenizer = load(args.model_dir, args.trust_remote_code)
     saved = saved_settings(args.model_dir)
     windows, answers = (chosen_settings(kind, args, saved) for kind in (WindowSettings, AnswerSettings))
     load_model.resize_position_embeddings(model, tokenizer, windows.max_seq_length)
@@ -78,7 +77,7 @@ def ask(args: argparse.Namespace) -> None:
     in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for question in [args.question] if args.question is not None else read_questions(args.context_file is None):
         answer = answer_question(model, tokenizer, context, question, windows, answers)
-        print(json.dumps(answer) if args.json else show(answer, context, in_color), flush=True)
+        print(json_line(answer) if args.json else show(answer, context, in_color), flush=True)
 
 
 # ---- Arguments and texts ----
@@ -89,7 +88,8 @@ def make_parser() -> OneLineParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model, or its name on the hub")
     parser.add_argument("--context_file", metavar="FILE", help="text to ask about; by default standard input")
-    parser.add_argument("--question", help="by default questions are read one a line, until the end of input")
+    parser.add_argument("--question", type=str, help="by default questions are read one a line, until the end of input")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow code kept with the model to run here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
     for setting in (*fields(WindowSettings), *fields(AnswerSettings)):
         how = {"action": argparse.BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
@@ -134,19 +134,13 @@ def read_questions(stdin_is_read: bool) -> Iterator[str]:
 # ---- Model ----
 
 
-def load(model_dir: str):
+def load(model_dir: str, trust_remote_code: bool = False):
     """(model, tokenizer), the model with the position type that its config.json names."""
     if not os.path.isdir(model_dir) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model_dir):
         raise QAError(f"{model_dir}: there is no such folder, and a name on the hub has not this form")
-    config = load_model.load_config(model_dir)
-    architectures = config.architectures or []
-    if not any(name.endswith("ForQuestionAnswering") for name in architectures):
-        raise QAError(
-            f"{model_dir} holds {', '.join(architectures) or 'a model'}, which was not trained to answer questions: "
-            "train it with run_squad.py first"
-        )
-    tokenizer = load_model.load_tokenizer(model_dir)
-    model = load_model.load_model(model_dir, config)
+    model = load_model.load_trained_model(model_dir, trust_remote_code)
+    tokenizer = load_model.load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    load_model.fit_token_types(model, tokenizer)
     return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
@@ -183,18 +177,15 @@ def answer_question(
     """{answer, probability, start, end, n_best}; see EPILOG."""
     if not question.strip():
         raise QAError("the question is empty")
-    with tempfile.TemporaryDirectory() as folder:  # the cache of features is beside their questions
-        row = {"id": "question", "context": context, "question": question}
-        datasets.Dataset.from_list([row]).save_to_disk(folder)
-        examples = datasets.load_from_disk(folder)
-        features = make_features(examples, tokenizer, windows)
-        collate = QADataCollator(tokenizer)
-        search = AnswerSearch(examples, features, answers, model.device)
-        for window in torch.arange(len(features)).split(WINDOWS_PER_BATCH):
-            batch = collate([features[i] for i in window.tolist()])
-            output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-            search.keep(search.find(window.to(model.device), output.start_logits, output.end_logits))
-        predictions = search.predictions()
+    examples = datasets.Dataset.from_list([{"id": "question", "context": context, "question": question}])
+    features = make_features(examples, tokenizer, windows)
+    collate = QADataCollator(tokenizer)
+    search = AnswerSearch(examples, features, answers, model.device)
+    for window in torch.arange(len(features)).split(WINDOWS_PER_BATCH):
+        batch = collate([features[i] for i in window.tolist()])
+        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        search.keep(search.find(window.to(model.device), output.start_logits, output.end_logits))
+    predictions = search.predictions()
     text, n_best = predictions.answers["question"], predictions.n_best["question"]
     best = next(candidate for candidate in n_best if candidate["text"] == text)
     span = best["start"], best["end"]

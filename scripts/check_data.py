@@ -8,7 +8,6 @@ The files are read, their answers aligned and their windows cut as run_squad.py 
 """
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import datasets  # noqa: E402
 
 from qa.columns import distinct_texts  # noqa: E402
 from qa.distributed import set_up_logging  # noqa: E402
-from qa.files import OneLineParser, QAError  # noqa: E402
+from qa.files import OneLineParser, QAError, json_line  # noqa: E402
 from qa.layouts import layout  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
 from qa.read_squad import NOTES, counted, files_of, first_of, notes, read_squad_file  # noqa: E402
@@ -64,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     set_up_logging(logging.ERROR)  # what the reader would say is on the screen
     datasets.disable_progress_bars()
     try:
-        with tempfile.TemporaryDirectory() as folder:  # the examples are kept here, and their features beside them
+        # The examples are kept here, and their features beside them. Windows removes no file that an error still holds.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             check(args, folder)
     except (QAError, OSError) as error:  # the latter where there is no such model
         parser.refuse(error)
@@ -88,6 +88,7 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--max_answer_length", default=longest, help=f"By default {longest} tokens.", **number)
     parser.add_argument("--version_2_with_negative", action="store_true", help="as in run_squad.py")
     parser.add_argument("--validation_file", metavar="FILE", help="look for its questions in each FILE")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow code kept with the model to run here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a file")
     return parser
 
@@ -97,10 +98,10 @@ def check(args: argparse.Namespace, cache_dir: str) -> None:
     windows = WindowSettings(**{setting.name: getattr(args, setting.name) for setting in fields(WindowSettings)})
     AnswerSettings(max_answer_length=args.max_answer_length)  # raises
     validation = read_squad_file(args.validation_file, cache_dir) if args.validation_file else None
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     for file in args.files:
         facts = facts_of(file, read_squad_file(file, cache_dir), validation, tokenizer, windows, args)
-        print(json.dumps(facts) if args.json else show(facts, windows), flush=True)
+        print(json_line(facts) if args.json else show(facts, windows), flush=True)
 
 
 def facts_of(file: str, examples, validation, tokenizer, windows: WindowSettings, args: argparse.Namespace) -> dict:

@@ -26,7 +26,7 @@ class Outcome:
     def lines(self) -> list[str]:
         """The lines of standard error, progress bars aside."""
         lines = [line.split("\r")[-1] for line in self.err.splitlines()]
-        return [line for line in lines if line and "it/s]" not in line and " examples/s]" not in line]
+        return [line for line in lines if line.strip() and "it/s]" not in line and " examples/s]" not in line]
 
 
 class Programs:

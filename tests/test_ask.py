@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_bert, tiny_questions
-from transformers import BertForQuestionAnswering
+from tiny import read, tiny_bert, tiny_questions, with_own_code
+from transformers import BertConfig, BertForQuestionAnswering
 
 import run_squad
 from qa.files import QAError
@@ -65,6 +65,13 @@ def ask_json(capsys, *argv: str) -> list[dict]:
 def give_stdin(monkeypatch, content: str | bytes) -> None:
     content = content.encode() if isinstance(content, str) else content
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def test_a_model_of_one_token_type_is_asked_without(models, tmp_path, text_file, capsys):
+    folder = shutil.copytree(models["absolute"], tmp_path / "one_type")
+    BertForQuestionAnswering(BertConfig.from_pretrained(folder, type_vocab_size=1)).save_pretrained(folder)
+    (answer,) = ask_json(capsys, str(folder), "--context_file", text_file, "--question", QUESTIONS[0], *WINDOWS)
+    assert answer["answer"] in " ".join(TEXT.split())
 
 
 @pytest.mark.parametrize("position_type, version_2", [("absolute", False), ("relative_key_query", True)])
@@ -139,13 +146,30 @@ def test_text_from_standard_input_and_questions_from_the_terminal(model):
     assert "Question" in err and "Traceback" not in err
 
 
-def test_a_long_text_leaves_nothing_in_the_cache(model, tmp_path, monkeypatch, capsys):
+def test_a_long_text_is_kept_in_no_file(model, tmp_path, monkeypatch, capsys):
+    """Windows would not remove one that is mapped into memory."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.mkdtemp", None)
     text = tmp_path / "long.txt"
     text.write_text(TEXT * 40)
     (got,) = ask_json(capsys, model, "--context_file", str(text), "--question", QUESTIONS[0], *WINDOWS)
     assert text.read_bytes().decode()[got["start"] : got["end"]] == got["answer"]
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_model_with_code_of_its_own_or_without_architectures(models, tmp_path, text_file, capsys):
+    argv = ["--context_file", text_file, "--question", QUESTIONS[0], *WINDOWS]
+    expected = ask_json(capsys, models["absolute"], *argv)
+    shutil.copytree(models["absolute"], tmp_path / "own")
+    config = read(tmp_path, "own", "config.json")
+    del config["architectures"]
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    assert ask_json(capsys, str(tmp_path / "own"), *argv) == expected
+    folder = with_own_code(tmp_path / "own")
+    assert ask_json(capsys, folder, *argv, "--trust_remote_code") == expected
+    with pytest.raises(SystemExit):
+        ask.main([folder, *argv])
+    assert "contains custom code" in capsys.readouterr().err
 
 
 def test_a_cuda_build_of_torch_without_a_gpu_is_a_cpu(models, monkeypatch):
@@ -161,6 +185,30 @@ def test_a_cuda_build_of_torch_without_a_gpu_is_a_cpu(models, monkeypatch):
         assert loaded.device.type == "cpu"
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_each_console_shows_what_it_has_letters_for(flags, model, tmp_path, monkeypatch):
+    context = "Łódź\u2028\x9b…"  # with what could end a line of JSON, and with the terminal's CSI
+    (tmp_path / "text.txt").write_text(context, encoding="utf-8")
+
+    def printed(encoding: str) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+            ask.main([model, "--context_file", str(tmp_path / "text.txt"), "--question", "where ?", *WINDOWS, *flags])
+            return sys.stdout.buffer.getvalue().decode(encoding)
+
+    everything = printed("utf-8")
+    assert "Łódź" in everything and "…" in everything and "\x9b" not in everything
+    if flags:
+        (line,) = everything.splitlines()
+        assert context in [candidate["text"] for candidate in json.loads(line)["n_best"]]
+    for encoding in ("cp1252", "ascii"):
+        lacking = printed(encoding)
+        if flags:  # JSON is UTF-8, of which ASCII is a part
+            assert lacking.isascii() and json.loads(lacking) == json.loads(everything)
+        else:
+            assert lacking == everything.encode(encoding, "backslashreplace").decode(encoding)
+
+
 # ---- Errors ----
 
 
@@ -169,8 +217,7 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes("Café".encode("latin-1"))
     shutil.copytree(models["absolute"], tmp_path / "no_head")
-    config = json.loads((tmp_path / "no_head" / "config.json").read_text())
-    (tmp_path / "no_head" / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    BertForQuestionAnswering.from_pretrained(models["absolute"]).bert.save_pretrained(tmp_path / "no_head")
     for name, content in (("not_json", "{"), ("list", "[1]")):
         shutil.copytree(models["absolute"], tmp_path / name)
         (tmp_path / name / "qa_settings.json").write_text(content)
@@ -180,7 +227,7 @@ def test_each_error_is_one_line(model, models, text_file, tmp_path, monkeypatch,
         ([], "the following arguments are required: MODEL_DIR"),
         ([model, *text, *question, "--jsn"], "unrecognized arguments: --jsn"),
         ([str(tmp_path / "none"), *text, *question], "there is no such folder"),
-        ([str(tmp_path / "no_head"), *text, *question], "holds BertModel, which was not trained to answer questions"),
+        ([str(tmp_path / "no_head"), *text, *question], "no_head lacks qa_outputs.bias, qa_outputs.weight: it was"),
         ([model, "--context_file", str(tmp_path / "none.txt"), *question], "none.txt: cannot be read: No such file"),
         ([model, "--context_file", str(tmp_path / "empty.txt"), *question], "empty.txt: holds no text"),
         ([model, "--context_file", str(tmp_path / "latin1.txt"), *question], "latin1.txt: byte 3: not UTF-8 text"),

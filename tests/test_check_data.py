@@ -1,12 +1,16 @@
 """scripts/check_data.py: what training would see, on the screen and for programs, and nothing written."""
 
+import errno
 import gzip
 import importlib.util
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_bert, tiny_questions
+from tiny import tiny_bert, tiny_questions, with_own_code
 
 import run_squad
 
@@ -138,7 +142,27 @@ def test_files_without_answers_or_without_a_good_one(inputs, tmp_path, capsys):
     assert "\033" not in screen(capsys, inputs, bad, to_predict, *FLAGS)
 
 
-def test_each_error_is_one_line(inputs, tmp_path, capsys):
+def test_a_console_without_the_letters_of_a_file(inputs, tmp_path, monkeypatch):
+    file = tmp_path / "łódź.json"
+    file.write_bytes((inputs / "train.json").read_bytes())
+    for flags, shown in (
+        (["--json"], json.dumps({"file": str(file)})[:-1]),
+        ([], f"{tmp_path}/\\u0142ód\\u017a.json: JSON"),
+    ):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+        check_data.main([str(file), "--model_name_or_path", str(inputs / "bert"), *flags])
+        assert sys.stdout.buffer.getvalue().decode("cp1252").startswith(shown)
+
+
+def test_each_error_is_one_line(inputs, tmp_path, capsys, monkeypatch):
+    def unlink(path, *args, unlink=os.unlink, **how) -> None:
+        """As on Windows: of a file that is mapped into memory."""
+        if os.path.basename(path) in Path("/proc/self/maps").read_text():
+            raise PermissionError(errno.EACCES, "The process cannot access the file", path)
+        unlink(path, *args, **how)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+
     def refusal(*argv, model=inputs / "bert") -> str:
         with pytest.raises(SystemExit) as status:
             check_data.main([*map(str, argv), "--model_name_or_path", str(model)])
@@ -149,4 +173,9 @@ def test_each_error_is_one_line(inputs, tmp_path, capsys):
     assert "none.json: cannot be read" in refusal(tmp_path / "none.json")
     assert "--doc_stride 300 would leave tokens" in refusal(inputs / "dev.json", *FLAGS[:2], "--doc_stride", 300)
     assert "max_answer_length" in refusal(inputs / "dev.json", "--max_answer_length", 0)
+    tiny_bert(tmp_path)
+    own = with_own_code(tmp_path)
+    assert "contains custom code" in refusal(inputs / "dev.json", model=own)
+    check_data.main([str(inputs / "dev.json"), "--model_name_or_path", own, "--trust_remote_code"])
+    assert "6 questions" in capsys.readouterr().out
     assert "nowhere" in refusal(inputs / "dev.json", model=tmp_path / "nowhere")

@@ -180,11 +180,13 @@ def wait_for_a_checkpoint(out, after=None) -> None:
         time.sleep(0.1)
 
 
-# srun starts a copy on each node and hands signals on; here both nodes are this machine.
+# srun starts a copy on each node, on one core unless it is told otherwise, and hands signals on; here both nodes are
+# this machine.
 SRUN = """#!/usr/bin/env bash
-shift
-"$@" & first=$!
-"$@" & second=$!
+cores=1
+while [[ $1 == --* ]]; do [[ $1 == --cpus-per-task=* ]] && cores=${1#*=}; shift; done
+taskset --cpu-list 0-$((cores - 1)) "$@" & first=$!
+taskset --cpu-list 0-$((cores - 1)) "$@" & second=$!
 trap 'kill -TERM $first $second' TERM
 wait $first; status=$?; wait $second
 wait $first; wait $second
@@ -208,6 +210,7 @@ def cluster(tmp_path):
         "PATH": os.pathsep.join(path),
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": str(os.cpu_count()),
         "SLURM_GPUS_ON_NODE": "1",
         "SLURM_JOB_ID": str(free_port()),
         "SLURM_SUBMIT_DIR": str(launch.ROOT),
@@ -219,6 +222,13 @@ def job(cluster, *flags) -> subprocess.Popen:
     argv = ["bash", launch.ROOT / "scripts/slurm.sbatch", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, argv)], env=cluster, **pipes)
+
+
+def test_a_job_has_all_its_cores(cluster, tmp_path):
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.write_text("#!/usr/bin/env bash\nenv --unset=OMP_NUM_THREADS nproc\n")
+    torchrun.chmod(0o755)
+    assert job(cluster).communicate(timeout=60)[0].split() == [str(len(os.sched_getaffinity(0)))] * 2
 
 
 @pytest.mark.slow

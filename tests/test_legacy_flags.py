@@ -42,6 +42,8 @@ TRANSLATED = {
     "--config_name bert": "--config_name bert",
     "--tokenizer_name ''": "",
     "--cache_dir=": "",
+    "--do_lower_case": "--do_lower_case True",
+    "--do_lower_case False": "--do_lower_case False",
     "--no_pad_to_max_length": "--pad_to_max_length False",
     "--no-pad-to-max-length": "--pad_to_max_length False",
     "--no_pad_to_max_length False": "--pad_to_max_length True",
@@ -82,10 +84,14 @@ TRANSLATED = {
     "--data_dir D --validation_file v": "--train_file D/train-v1.1.json --validation_file v",
     "--train_file t --predict_file p": "--train_file t --validation_file p",
     "--no_cuda --use_cpu": "--use_cpu",
+    "--resume_from_checkpoint": "",
+    "--resume_from_checkpoint True": "",
+    "--resume_from_checkpoint false": "",
+    "--resume_from_checkpoint out/checkpoint-5": "--resume_from_checkpoint out/checkpoint-5",
     "--per_gpu_eval_batch_size 2 --per_device_eval_batch_size 2": "--per_device_eval_batch_size 2",
 }
 # Flags that no number depends on: what they chose is decided elsewhere, or not at all.
-IGNORED = """model_type do_lower_case use_fast verbose_logging use_legacy_prediction_loop jit_mode_eval ray_scope
+IGNORED = """model_type use_fast verbose_logging use_legacy_prediction_loop jit_mode_eval ray_scope
 use_mps_device use_ipex tpu_num_cores mp_parameters""".split()
 # What was typed -> what the error names instead.
 REFUSED = {
@@ -284,6 +290,23 @@ def test_a_json_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path):
             parse_flags(GROUPS, [str(tmp_path / name)])
 
 
+def test_flags_after_a_json_file_win_in_old_spellings_too(tmp_path, monkeypatch):
+    """And a ~ is the home folder wherever it comes from: shells leave it alone behind a "="."""
+    monkeypatch.setenv("HOME", "/home/anna")
+    file = tmp_path / "arguments.json"
+    kept = {"model_name_or_path": "~/bert", "output_dir": "out", "seed": 7, "data_dir": "~/squad"}
+    file.write_text(json.dumps({**kept, "learning_rate": 1e-5, "per_device_train_batch_size": 2, "warmup_ratio": 0.1}))
+    flags = ["--learning_rate", "1e-4", "--per_gpu_train_batch_size=3", "--warmup_steps=9", "--cache_dir=~/c"]
+    (model, data, training), notices = parse_flags(GROUPS, [str(file), *flags])
+    assert (training.seed, training.learning_rate) == (7, 1e-4)
+    assert (training.per_device_train_batch_size, training.warmup_steps) == (3, 9)
+    assert (model.model_name_or_path, model.cache_dir) == ("/home/anna/bert", "/home/anna/c")
+    assert data.train_file == "/home/anna/squad/train-v1.1.json"
+    assert len(notices) == 4  # of data_dir two, of warmup_ratio and of per_gpu_train_batch_size
+    with pytest.raises(QAError, match=f"^{file} and the flags after it: argument --seed: invalid int value: 'x'"):
+        parse_flags(GROUPS, [str(file), "--seed=x"])
+
+
 # ---- Errors ----
 
 KEEP_ONE = "different values: keep one of them"
@@ -320,7 +343,7 @@ def test_a_wrong_flag_is_one_line_without_secrets(command, says):
 def test_a_misspelling_is_named_before_what_is_missing_because_of_it():
     with pytest.raises(QAError, match=r"^unknown flag --model_name_or_pth \(nearest: --model_name_or_path\)$"):
         parse_flags(GROUPS, ["--model_name_or_pth", "bert"])
-    with pytest.raises(QAError, match="^unexpected argument 'arguments.json'$"):
-        parse_flags(GROUPS, ["arguments.json", "--do_train"])
+    with pytest.raises(QAError, match=r"^unexpected argument 'arguments.yaml': .* a file of them is in JSON"):
+        parse_flags(GROUPS, ["arguments.yaml", "--do_train"])
     with pytest.raises(QAError, match="^the following arguments are required: --model_name_or_path"):
         parse_flags(GROUPS, ["--do_train"])

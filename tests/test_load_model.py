@@ -7,13 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from test_modeling_relative_bert import assert_equals_golden, golden_batch, golden_model
+from tiny import read
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering, CanineTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertTokenizer,
+    CanineTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from qa.files import QAError
 from qa.load_model import (
+    check_length,
     check_tokenizer,
+    fit_token_types,
+    load_config,
+    load_tokenizer,
     rename_extra_special_tokens,
     resize_position_embeddings,
     resolve_position_embedding_type,
@@ -154,6 +168,102 @@ def test_position_type_of_a_checkpoint_and_a_flag():
     absolute.model_type = "roberta"
     with pytest.raises(QAError, match="relative_key is for BERT, but some/bert is of model_type roberta"):
         resolve_position_embedding_type(absolute, "some/bert", "relative_key")
+
+
+CASED = "[PAD] [UNK] [CLS] [SEP] [MASK] Marie Curie marie".split()
+
+
+def save_vocabulary(folder: Path, **settings) -> str:
+    """A BERT without weights whose tokenizer is its vocab.txt, and tokenizer_config.json where there are settings."""
+    BertConfig(vocab_size=len(CASED)).save_pretrained(folder)
+    Path(folder, "vocab.txt").write_text("\n".join(CASED))
+    if settings:
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def test_do_lower_case_decides_where_the_folder_does_not(tmp_path, caplog):
+    silent = save_vocabulary(tmp_path / "silent", model_max_length=64)
+    for flag, tokens, warnings in (
+        (None, ["marie", "[UNK]"], 1),
+        (True, ["marie", "[UNK]"], 1),
+        (False, ["Marie", "Curie"], 0),
+    ):
+        caplog.clear()
+        tokenizer = load_tokenizer(silent, flag)
+        assert tokenizer.tokenize("Marie Curie") == tokens
+        assert len(caplog.messages) == warnings
+        assert not warnings or "2 of its 3 tokens have capitals and never occur (such as Curie)" in caplog.text
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for folder, says in (("saved", False), ("says", True)):
+        save_vocabulary(tmp_path / "says", do_lower_case=True)
+        load_tokenizer(str(tmp_path / folder), says)
+        does = "does" if says else "does not"
+        with pytest.raises(
+            QAError, match=f"^--do_lower_case is {not says}, but the tokenizer of .*{folder} {does} lower"
+        ):
+            load_tokenizer(str(tmp_path / folder), not says)
+
+
+def test_configurations_that_do_not_say_what_to_build(tmp_path):
+    folder = save_vocabulary(tmp_path)
+    config = read(folder, "config.json") | {"auto_map": {"AutoModelForQuestionAnswering": "theirs.OwnBert"}}
+    Path(folder, "config.json").write_text(json.dumps(config))
+    assert load_config(folder, trust_remote_code=True).model_type == "bert"
+    with pytest.raises(QAError, match="has a model class of its own, theirs.OwnBert: give --trust_remote"):
+        load_config(folder)
+    del config["model_type"]
+    Path(folder, "config.json").write_text(json.dumps(config))
+    with pytest.raises(QAError, match=r'it has no model_type: add it \(such as "model_type": "bert"\)'):
+        load_config(folder)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
+POSITIONS = {"max_position_embeddings": 20}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "longest"),
+    [
+        ("Bert", SMALL | POSITIONS, 20),
+        ("Roberta", SMALL | POSITIONS, 18),
+        ("IBert", SMALL | POSITIONS, 18),
+        ("MPNet", SMALL | POSITIONS, 18),
+        ("DistilBert", {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16} | POSITIONS, 20),
+        ("Nystromformer", SMALL | POSITIONS, 20),
+        ("XLM", {"emb_dim": 16, "n_layers": 1, "n_heads": 2} | POSITIONS, 20),
+        ("RoFormer", SMALL | POSITIONS, 20),
+        ("Bart", {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1} | POSITIONS, 20),
+        ("DebertaV2", SMALL | POSITIONS, 20),
+        ("DebertaV2", SMALL | POSITIONS | {"position_biased_input": False, "relative_attention": True}, None),
+        ("ModernBert", SMALL | POSITIONS | {"pad_token_id": 0}, None),
+        ("XLNet", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}, None),
+        ("T5", {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}, None),
+    ],
+)
+def test_the_limit_is_the_table_of_absolute_positions(model_type, settings, longest):
+    config = getattr(transformers, f"{model_type}Config")(**settings)
+    with torch.device("meta"):
+        model = AutoModelForQuestionAnswering.from_config(config)
+    check_length(longest or 10**6, model, [])
+    if longest:
+        with pytest.raises(QAError, match=f"--max_seq_length is {longest + 1}, .* positions for {longest} tokens only"):
+            check_length(longest + 1, model, [])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "types", "left_out"),
+    [("Bert", 1, True), ("Bert", 2, False), ("Electra", 1, True), ("DebertaV2", 0, False), ("DistilBert", None, True)],
+)
+def test_token_types_are_left_out_where_the_model_has_one(model_type, types, left_out, tmp_path):
+    settings = {} if types is None else SMALL | {"type_vocab_size": types}
+    with torch.device("meta"):
+        model = AutoModelForQuestionAnswering.from_config(getattr(transformers, f"{model_type}Config")(**settings))
+    tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(CASED)})
+    fit_token_types(model, tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert ("token_type_ids" in each("marie", "Curie")) != left_out
 
 
 def test_tokenizers_that_windows_cannot_be_made_by(tokenizer):

@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Split, Value
 from hub_cache import cache_dataset
 from tiny import NO_ANSWER
 
@@ -178,6 +178,24 @@ def test_hub_dataset_in_another_layout_without_ids_and_starts(hub):
     answers = {"text": ["king"], "answer_start": [NO_START]}
     context = {"title": "Kings", "context": "The king"}
     assert train.to_list() == [{"id": "row 0.paragraphs[0].qas[0]", **context, "question": "?", "answers": answers}]
+
+
+def test_folders_of_save_to_disk(hub, tmp_path):
+    rows = Dataset.from_list(ROWS)
+    part = Dataset(rows.data, split=Split("validation[:3]"))  # as load_dataset(split="validation[:3]") names it
+    saved = {"train": rows, "validation": part, "train test": DatasetDict(train=rows, test=rows)}
+    for splits, dataset in saved.items():
+        folder = tmp_path / splits
+        dataset.save_to_disk(folder)
+        before = sorted(folder.rglob("*"))
+        found = hub(name=str(folder))
+        assert " ".join(found) == splits and [split.to_list() for split in found.values()] == [ROWS] * len(found)
+        assert sorted(folder.rglob("*")) == before  # which is the user's
+    Dataset.from_list(ROWS[2:]).save_to_disk(tmp_path / "train")
+    assert hub(name=str(tmp_path / "train"))["train"].to_list() == ROWS[2:]
+    (tmp_path / "train" / "dataset_info.json").unlink()
+    with pytest.raises(QAError, match="--dataset_name .*train: cannot be loaded .* is neither a `Dataset` directory"):
+        hub(name=str(tmp_path / "train"))
 
 
 def test_a_hub_dataset_is_not_read_as_an_earlier_one(hub, tmp_path):

@@ -1,18 +1,31 @@
 """The whole program on data and models that take seconds: what it writes, prints and refuses."""
 
+import errno
+import fcntl
+import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import read, tiny_bert, tiny_questions
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+)
 
 import run_squad
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
@@ -141,6 +154,17 @@ def test_classifier_of_three_classes_is_a_start(inputs, command, tmp_path):
     assert read(tmp_path / "out", "config.json")["architectures"] == ["BertForQuestionAnswering"]
 
 
+def test_a_vocabulary_of_no_stated_case_and_a_model_of_one_token_type(inputs, command, tmp_path):
+    config = BertConfig.from_pretrained(inputs["absolute"], type_vocab_size=1)
+    BertForQuestionAnswering(config).save_pretrained(tmp_path / "one_type")
+    vocabulary = BertTokenizerFast.from_pretrained(inputs["absolute"]).get_vocab()
+    (tmp_path / "one_type" / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+    flags = "--do_train --do_eval --train_file {train} --validation_file {dev} --max_steps 1 --do_lower_case False"
+    run_squad.main(command(tmp_path / "out", flags, "one_type", one_type=tmp_path / "one_type"))
+    saved = read(tmp_path, "out", "tokenizer_config.json")
+    assert saved["do_lower_case"] is False and saved["model_input_names"] == ["input_ids", "attention_mask"]
+
+
 def test_configuration_alone_brings_no_tokenizer(inputs, trained, command, tmp_path):
     (tmp_path / "config").mkdir()
     shutil.copy(Path(inputs["absolute"], "config.json"), tmp_path / "config")
@@ -197,10 +221,8 @@ def test_one_json_file_is_the_same_as_flags(command, tmp_path):
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
     from_file = run_squad.parse_arguments([str(tmp_path / "arguments.json")])
     for group, same in zip(from_file, run_squad.parse_arguments(flags), strict=True):
-        ours, theirs = ({**vars(each), "disable_tqdm": None} for each in (group, same))  # it goes by the log level
-        assert {name: str(value) for name, value in ours.items()} == {
-            name: str(value) for name, value in theirs.items()
-        }
+        ours, theirs = ({name: str(value) for name, value in vars(each).items()} for each in (group, same))
+        assert ours == theirs
 
 
 def test_plateau_scheduler_waits_for_f1_to_stop_rising(command, tmp_path):
@@ -254,6 +276,10 @@ def test_help_shows_every_flag_once_with_its_default(capsys):
         ("--do_eval --validation_file {dev} --model_name_or_path {relative_key} --config_name {absolute}",
          ["has relative position embeddings, but the configuration says absolute"]),
         ("--do_eval --validation_file {dev} --model_name_or_path {damaged}", ["cannot load a model from"]),
+        ("--do_eval --validation_file {dev} --model_name_or_path {headless} --tokenizer_name {absolute}",
+         ["lacks qa_outputs.bias, qa_outputs.weight: it was not trained to answer questions"]),
+        ("--do_predict --test_file {test} --position_embedding_type relative_key", ["distance_embedding.weight:"]),
+        ("--do_train --train_file {train} --config_name {wider}", ["other shapes than", "weight and 17 more"]),
         ("--do_eval --validation_file {dev} --report_to clearml", ["--report_to clearml", "installed"]),
         ("--do_train --train_file {train} --early_stopping_patience 1", ["--early_stopping_patience", "evaluations"]),
         ("--do_train --train_file {train} --early_stopping_patience 0", ["--early_stopping_patience is 0"]),
@@ -271,7 +297,10 @@ def test_bad_input_is_one_line_before_training(inputs, command, tmp_path, capsys
     tokenizer.save_pretrained(tmp_path / "larger.json")
     damaged = Path(shutil.copytree(inputs["absolute"], tmp_path / "damaged.json"), "model.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:2000])
-    names = ("layout", "unanswerable", "larger", "damaged", "missing")
+    config = BertConfig.from_pretrained(inputs["absolute"])
+    BertModel(config).save_pretrained(tmp_path / "headless.json")
+    BertConfig(**config.to_dict() | {"hidden_size": 32}).save_pretrained(tmp_path / "wider.json")
+    names = ("layout", "unanswerable", "larger", "damaged", "headless", "wider", "missing")
     line = refusal(capsys, command(tmp_path / "out", flags, **{name: tmp_path / f"{name}.json" for name in names}))
     assert all(word in line for word in says), line
     assert not (tmp_path / "out").exists()
@@ -324,9 +353,90 @@ def test_overwriting_removes_nothing_before_the_run_can_start(copy, command, cap
     assert read(copy, "run_state.json")["status"] == "trained"
 
 
-def test_folder_of_someone_else_is_not_trained_into(command, tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
-    assert "config.json" in refusal(capsys, command(tmp_path, "--do_train --train_file {train}"))
+@pytest.mark.parametrize(
+    "name",
+    "README.md config.json model-00001-of-00002.safetensors tokenizer.json all_results.json checkpoint-7".split(),
+)
+def test_folder_of_someone_else_is_not_trained_into(command, tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    for flags in ("", " --overwrite_output_dir"):
+        line = refusal(capsys, command(tmp_path, f"--do_train --train_file {{train}}{flags}"))
+        assert f"--output_dir {tmp_path} holds {name} of something else" in line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_results_that_are_not_json_are_refused_before_the_work(command, tmp_path, capsys):
+    """Those of an evaluation are kept, and may stand where is trained."""
+    evaluate = command(tmp_path, "--do_eval --validation_file {dev}")
+    run_squad.main(evaluate)
+    file, f1 = tmp_path / "all_results.json", read(tmp_path, "eval_results.json")["eval_f1"]
+    run_squad.main(command(tmp_path, "--do_train --train_file {train} --max_steps 1"))
+    results = read(file)
+    assert results["eval_f1"] == f1 and results["train_samples"] == 12
+    (tmp_path / "eval_results.json").unlink()
+    for content in ("f1: 80", "[]"):
+        file.write_text(content)
+        assert f"{file}: cannot be read as a JSON object" in refusal(capsys, evaluate)
+        assert file.read_text() == content and not (tmp_path / "eval_results.json").exists()
+
+
+def test_more_epochs_are_a_new_run_from_the_weights(copy, command, tmp_path, capsys):
+    checkpoint, more = copy / "checkpoint-3", "--do_train --train_file {train} --num_train_epochs 2"
+    argv = command(tmp_path / "more", f"{more} --position_embedding_type relative_key_query")
+    line = refusal(capsys, [*argv, "--resume_from_checkpoint", str(checkpoint)])
+    advice = f"--model_name_or_path {checkpoint} and a new --output_dir, without --resume_from_checkpoint"
+    assert "num_train_epochs is 2.0, was 1.0. Use the same flags, or train on from its weights: " + advice in line
+    run_squad.main(command(tmp_path / "more", more, "checkpoint", checkpoint=checkpoint))
+    assert read(tmp_path, "more", "trainer_state.json")["global_step"] == 6
+
+
+# ---- Where it runs ----
+
+
+def test_notebook_in_a_thread_of_windows(command, tmp_path, capsys, monkeypatch):
+    """Its progress callback takes entries out of the metrics; signals are the main thread's; and Windows flushes to the
+    disk only what is open for writing."""
+    display = types.ModuleType("IPython.display")
+    display.HTML, display.display = str, lambda html, display_id=None: types.SimpleNamespace(update=str)
+    for name, module in {"IPython": types.ModuleType("IPython"), "IPython.display": display}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    notebook = importlib.import_module("transformers.utils.notebook")
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", notebook.NotebookProgressCallback)
+
+    def flush(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    flags = "--do_train --do_eval --do_predict --train_file {train} --validation_file {dev} --test_file {dev}"
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(run_squad.main, command(tmp_path, f"{flags} --eval_strategy epoch")).result()
+    assert printed_scores(capsys)["total"] == 6
+    for prefix in ("eval", "predict"):
+        assert read(tmp_path, f"{prefix}_results.json")[f"{prefix}_runtime"] > 0
+
+
+@pytest.mark.parametrize("rank, local_rank, says", [("0", "0", True), ("9", "1", False), ("8", "0", True)])
+def test_a_machine_that_fails_says_so_once(capsys, monkeypatch, rank, local_rank, says):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit):
+        run_squad.main(["--do_everything"])
+    assert ("unknown flag --do_everything" in capsys.readouterr().err) == says
+
+
+def test_precision_is_the_launchers_and_the_log_level_the_flags(copy, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    flags = "--do_train --train_file {train} --position_embedding_type relative_key_query"
+    assert "bf16 is True, was False" in refusal(capsys, command(copy, flags))
+    evaluate = command(tmp_path / "out", "--do_eval --validation_file {dev}")
+    run_squad.main(evaluate)
+    assert "1 process(es), bfloat16." in capsys.readouterr().err
+    run_squad.main([*evaluate, "--log_level", "warning"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "ACCELERATE_MIXED_PRECISION is 'fp8', must be no, fp16 or bf16" in refusal(capsys, evaluate)
 
 
 # ---- Screen ----

@@ -333,11 +333,12 @@ def test_files_hold_the_predictions(tmp_path, version_2):
     write_predictions(got, tmp_path / "new", "eval")
     names = ["eval_nbest_predictions.json", "eval_predictions.json"] + ["eval_null_odds.json"] * version_2
     assert sorted(os.listdir(tmp_path / "new")) == sorted(names)
-    n_best, answers, *null_odds = ((tmp_path / "new" / name).read_text(encoding="ascii") for name in names)
-    assert answers == json.dumps(got.answers, indent=4) + "\n"
+    n_best, answers, *null_odds = ((tmp_path / "new" / name).read_text(encoding="utf-8") for name in names)
+    assert answers == json.dumps(got.answers, indent=4, ensure_ascii=False) + "\n"
+    assert {"漢", "🙂"} <= set(answers) and {"漢", "🙂"} <= set(n_best)  # for who reads the files
     assert null_odds == [json.dumps(got.null_odds, indent=4) + "\n"] * version_2
     assert json.loads(n_best) == dict(got.n_best) and list(json.loads(n_best)) == list(got.answers)
-    first, *lines, last = n_best.splitlines()  # one question a line
+    first, *lines, last = n_best.removesuffix("\n").split("\n")  # one question a line
     assert (first, last) == ("{", "}") and [json.loads(f"{{{line.rstrip(',')}}}") for line in lines] == [
         {id_: entries} for id_, entries in got.n_best.items()
     ]

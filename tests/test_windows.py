@@ -1,5 +1,6 @@
 """Windows, against transformers 4.57.6, the tokenizers themselves, and plain references; their cache; the collator."""
 
+import copy
 import json
 import re
 import unicodedata
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -15,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_examples
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertTokenizer, DistilBertTokenizer, ElectraTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
+from transformers import BertTokenizer, DistilBertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from qa import windows
+from qa.columns import write_arrow
 from qa.read_squad import EXAMPLE_FEATURES
 from qa.windows import (
     QADataCollator,
@@ -27,6 +30,7 @@ from qa.windows import (
     keep_negative_windows,
     make_features,
 )
+from utils_qa import AnswerSettings, postprocess_qa_predictions
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("features.json").read_text(encoding="utf-8"))
 
@@ -38,9 +42,15 @@ def datasets_cache(tmp_path, monkeypatch):
     return tmp_path / "datasets"
 
 
+def on_disk(examples: Dataset) -> Dataset:
+    path = Path(datasets.config.HF_DATASETS_CACHE, f"{examples._fingerprint}.arrow")
+    write_arrow(str(path), examples.features, [examples.data.table])
+    return Dataset.from_file(str(path))
+
+
 def golden_examples() -> Dataset:
     """As a selection, of which neither the table nor its order are what is asked for."""
-    stored = make_examples(tuple(example.values()) for example in reversed(GOLDEN["examples"]))
+    stored = on_disk(make_examples(tuple(example.values()) for example in reversed(GOLDEN["examples"])))
     return stored.select(range(len(stored) - 1, -1, -1))
 
 
@@ -52,15 +62,15 @@ def golden_features(*setting: int, **options) -> Dataset:
     return make_features(golden_examples(), golden_tokenizer(), WindowSettings(*setting), **options)
 
 
-def byte_level_bpe() -> Tokenizer:
+def byte_level_bpe(pre_tokenizer=None, alphabet=None) -> Tokenizer:
     """Trained on little text, so that most characters outside ASCII stay several tokens of one byte each."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet or pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([example["context"] for example in GOLDEN["examples"][:20]], trainer)
@@ -72,10 +82,8 @@ def roberta_tokenizer():
     return RobertaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
 
 
-def modernbert_tokenizer():
-    """As the hub's: byte-level BPE, tokens' offsets with the space before them, BERT's template, no token types."""
-    backend = byte_level_bpe()
-    backend.post_processor = processors.TemplateProcessing(
+def with_template(backend: Tokenizer, post_processor=None):
+    backend.post_processor = post_processor or processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     return PreTrainedTokenizerFast(
@@ -83,19 +91,50 @@ def modernbert_tokenizer():
     )
 
 
+def modernbert_tokenizer():
+    """As the hub's (and DeBERTa's): byte-level BPE, tokens with the space before them, BERT's template."""
+    return with_template(byte_level_bpe())
+
+
+def robbert_tokenizer():
+    """As the hub's: its pre-tokenizer drops the space that its post-processor takes for one to trim."""
+    space = {"add_prefix_space": True}
+    parts = [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(**space), pre_tokenizers.Punctuation()]
+    backend = byte_level_bpe(pre_tokenizers.Sequence(parts))
+    return with_template(backend, processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True, **space))
+
+
+def metaspace_tokenizer():
+    """As SentencePiece's: a space is a letter of the word after it."""
+    return with_template(byte_level_bpe(pre_tokenizers.Metaspace(), alphabet=[chr(code) for code in range(33, 127)]))
+
+
 TOKENIZERS = {
     "bert": golden_tokenizer,
     "bert of single characters": lambda: uncased_tokenizer(),
-    "electra": lambda: golden_tokenizer(ElectraTokenizer),
     "distilbert": lambda: golden_tokenizer(DistilBertTokenizer),
     "roberta": roberta_tokenizer,
     "modernbert": modernbert_tokenizer,
+    "robbert": robbert_tokenizer,
+    "metaspace": metaspace_tokenizer,
 }
 TOKENIZERS_MADE = {}  # by the property tests, which would make one for each example
 
 
-def with_marks(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Each token's characters, and after them the combining marks that are in no token."""
+def token_characters(tokenizer, text: str) -> list[tuple[int, int]]:
+    """Each token's characters without white space around them, and after them the combining marks that are in no token.
+
+    A token of nothing else has none: it starts where the next one does and ends where the one before it does.
+    """
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.post_processor = None  # it trims in its own way
+    spans = []
+    for start, end in backend.encode(text, add_special_tokens=False).offsets:
+        while start < len(text) and text[start].isspace():
+            start += 1
+        while end > 0 and text[end - 1].isspace():
+            end -= 1
+        spans.append((start, end))
     in_tokens = {character for span in spans for character in range(*span)}
     whole = []
     for start, end in spans:
@@ -188,6 +227,27 @@ def expected_labels(window: dict, first_token: int, answer: list[int]) -> tuple[
     return tuple(window["context_start"] + token - first_token for token in (answer[0], answer[-1]))
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_answer_is_whole_words_whatever_the_tokenizer_does_with_spaces(name):
+    tokenizer, context = TOKENIZERS[name](), "in  Warsaw born \u3000the old\tking\n1895 won "
+    as_loaded = tokenizer.backend_tokenizer.to_str()
+    golds = [(word.start(i), word[i]) for word in re.finditer(r"\s*(\S+)\s*", context) for i in (0, 1)]
+    rows = [(str(i), "who", context, gold, start) for i, (start, gold) in enumerate(golds)]
+    examples = make_examples(rows)
+    features = make_features(examples, tokenizer, WindowSettings())
+    assert tokenizer.backend_tokenizer.to_str() == as_loaded
+    for window in features:
+        first, last = (label - window["context_start"] for label in labels(window))
+        answer = context[window["char_starts"][first] : window["char_ends"][last]]
+        assert answer == golds[window["example_index"]][1].strip()
+
+    logits = np.random.default_rng(0).normal(size=(2, len(features), max(features["length"])))
+    for n_best in postprocess_qa_predictions(examples, features, logits, AnswerSettings()).n_best.values():
+        for each in n_best:
+            assert each["text"] == context[each["start"] : each["end"]] == each["text"].strip()
+            assert each["start"] <= each["end"]
+
+
 def test_answer_of_whitespace_or_dropped_characters(caplog):
     context = "the  king\u200b won"
     rows = [("1", "who", context, "  ", 3), ("2", "who", context, " king\u200b", 4), ("3", "who", context, "\u200b", 9)]
@@ -196,6 +256,13 @@ def test_answer_of_whitespace_or_dropped_characters(caplog):
     assert [labels(window) for window in features] == [(0, 0), (king, king), (0, 0)]
     assert features["answer_length"][:] == [0, 1, 0]
     assert "2 answers are made of characters that the tokenizer drops" in caplog.text
+    assert "[UNK]" not in caplog.text
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_named(caplog):
+    rows = [("1", "who", "the king was born", "", 0), ("2", "who", "กษัตริย์ ประสูติ the", "", 0)]
+    make_features(make_examples(rows), golden_tokenizer(), WindowSettings())
+    assert "28.6% of the contexts' tokens are [UNK], of which a model reads nothing: use one" in caplog.text
 
 
 # ---- Any tokenizer, against its own way to cut a pair into overlapping windows, on texts that nobody thought of
@@ -238,8 +305,8 @@ def test_windows_are_the_tokenizers_own_and_labels_the_tokens_of_the_answer(name
     examples = make_examples(rows)
     ours = windows_by_example(make_features(examples, tokenizer, setting), len(examples))
     for example, our_windows in zip(examples, ours, strict=True):
-        whole = tokenizer(example["context"], add_special_tokens=False, return_offsets_mapping=True)
-        spans = with_marks(example["context"], whole["offset_mapping"])
+        whole = tokenizer(example["context"], add_special_tokens=False)
+        spans = token_characters(tokenizer, example["context"])
         answer = answer_tokens(example, spans)
         covered = set()
         for i, window in enumerate(our_windows):
@@ -456,11 +523,12 @@ def test_any_change_makes_new_features_and_another_fingerprint(datasets_cache):
     ]
     fingerprints = set()
     for count, variant in enumerate(variants, start=1):
-        fingerprints.add(features_fingerprint(make_features(*variant)))
+        examples, *how = variant
+        fingerprints.add(features_fingerprint(make_features(on_disk(examples), *how)))
         assert len(cache_files(datasets_cache)) == count, f"variant {count} took the features of another"
         assert len(fingerprints) == count, f"variant {count} has the fingerprint of another"
     # ids and titles are in no feature
-    make_features(make_examples([("other", *row[1:])]), tokenizer, setting)
+    make_features(on_disk(make_examples([("other", *row[1:])])), tokenizer, setting)
     assert len(cache_files(datasets_cache)) == len(variants)
 
 

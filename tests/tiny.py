@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -67,6 +68,26 @@ def with_google_names(folder: str) -> str:
     assert sum(key.endswith(("gamma", "beta")) for key in weights) >= 6
     save_file(weights, file, metadata={"format": "pt"})
     return folder
+
+
+def with_own_code(folder: Path) -> str:
+    """Makes the BERT in `folder` one whose configuration, model and tokenizer are classes of its own."""
+    code = """
+        from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+        class OwnConfig(BertConfig):
+            model_type = "own"
+        class OwnModel(BertForQuestionAnswering):
+            config_class = OwnConfig
+        class OwnTokenizer(BertTokenizerFast):
+            pass
+    """
+    (folder / "own.py").write_text(textwrap.dedent(code))
+    autos = {"AutoConfig": "own.OwnConfig", "AutoModelForQuestionAnswering": "own.OwnModel"}
+    tokenizer = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    settings = {"config.json": {"model_type": "own", "auto_map": autos}, "tokenizer_config.json": tokenizer}
+    for name, own in settings.items():
+        (folder / name).write_text(json.dumps(read(folder, name) | own))
+    return str(folder)
 
 
 def read(*path) -> dict:
