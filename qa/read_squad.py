@@ -1,6 +1,7 @@
 """Questions in: from the hub or from files in any of SQuAD's layouts, as `datasets.Dataset` of STORED_FEATURES."""
 
 import contextlib
+import gc
 import glob
 import hashlib
 import json
@@ -137,7 +138,11 @@ def _read_once(rows: Iterator[dict], source: str, cache_dir: str | os.PathLike |
     directory = os.path.join(os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE), "squad_files")
     path = os.path.join(directory, f"squad-{key[:32]}-{READER}.arrow")
     if not os.path.exists(path):
-        table, found = _to_table(rows)
+        gc.disable()  # else all that was read is searched for cycles, of which it has none, again and again
+        try:
+            table, found = _to_table(rows)
+        finally:
+            gc.enable()
         features = Features({name: STORED_FEATURES[name] for name in table.column_names})
         write_arrow(path, features, [table], json.dumps(found))
     examples = Dataset.from_file(path)

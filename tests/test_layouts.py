@@ -155,7 +155,9 @@ TABLES = {
     "datasets": (lambda path: Dataset.from_list([HOUSE]).to_csv(path), HOUSE),
     "pandas": (lambda path: pandas.DataFrame([HOUSE]).to_csv(path), HOUSE),  # with its index
     "NumPy's numbers": (
-        lambda path: path.write_bytes(as_csv([{**ROW, "answers": "{'text': 'Haus', 'answer_start': int64(4)}"}])),
+        lambda path: path.write_bytes(
+            as_csv([{**ROW, "answers": "{'text': array([str_('Haus')]), 'answer_start': int64(4)}"}])
+        ),
         ONE,
     ),
     "JSON in a cell": (
@@ -187,6 +189,12 @@ def test_csv_without_answers_and_with_cells_that_only_look_like_code(read):
     assert rows["context"][1] == "[1]"
 
 
+def test_csv_of_many_blocks(read, monkeypatch):
+    monkeypatch.setattr("qa.layouts.CSV_BLOCK", 100)
+    items = [{"id": str(i), "context": "zwei\nZeilen " * (i % 5), "question": "¿Qué?\n"} for i in range(50)]
+    assert read(as_csv(items)).remove_columns("title").to_list() == items
+
+
 # ---- Other names and forms ----
 
 START = {"text": ["made of"], "answer_start": [30]}
@@ -210,7 +218,13 @@ def test_answers_in_other_forms(name, read):
 
 def test_other_names_of_a_row(read):
     names = {"context_text": CONTEXT, "query_text": "Wovon?", "answer": "steel"}
-    ids = [{"question_id": "a"}, {"query_id": 2}, {"qid": "c"}, {"guid": "d", "id": None}, {"id": "e", "qid": "x"}]
+    ids = [
+        {"question_id": "a"},
+        {"query_id": 2},
+        {"qid": "c", "guid": "x"},
+        {"guid": "d", "id": None},
+        {"id": "e", "qid": "x"},
+    ]
     rows = read([{**names, **id_} for id_ in ids])
     assert rows["id"][:] == ["a", "2", "c", "d", "e"]
     assert set(rows["context"]) == {CONTEXT} and set(rows["question"]) == {"Wovon?"}
@@ -286,6 +300,10 @@ def test_files_of_a_folder_or_of_a_pattern_are_one(tmp_path, caplog):
             assert rows["id"][:] == ["q1", "a.json: row 1", "c", "b.csv: row 1"]
             assert f"{tmp_path / path}: 2 files are read as one: a.json, b.csv." in caplog.text
     assert read_squad_file(tmp_path / "set" / "*.json", tmp_path / "cache")["id"][:] == ["q1", "row 1"]
+    (tmp_path / "set" / "a.json").rename(tmp_path / "set" / "aa.json")
+    (tmp_path / "set").rename(tmp_path / "set[*]")
+    assert read_squad_file(tmp_path / "set[*]", tmp_path / "cache")["id"][1] == "aa.json: row 1"
+    (tmp_path / "set[*]").rename(tmp_path / "set")
     (tmp_path / "set" / "b.csv").write_bytes(as_csv([row(id="c", answers="steel")]) + b"too,few\n")
     with pytest.raises(QAError, match="set: b.csv: CSV that cannot be read: .* Expected 5 columns, got 2"):
         read_squad_file(tmp_path / "set", tmp_path / "cache")
@@ -325,7 +343,10 @@ def test_starts_as_texts_and_floats(start, number, read):
         assert read([row(answers=answers)])[0]["answers"] == {"text": ["steel"], "answer_start": [number]}
 
 
-@pytest.mark.parametrize("answers", [["a", "b"], {"text": ["a", "b"]}, [{"text": "a"}, "b"]])
+@pytest.mark.parametrize(
+    "answers",
+    [["a", "b"], {"text": ["a", "b"]}, [{"text": "a", "answer_start": ""}, {"text": "", "answer_start": 3}, "b"]],
+)
 def test_answers_without_starts(answers, read):
     assert read([row(answers=answers)])[0]["answers"] == {"text": ["a", "b"], "answer_start": [NO_START, NO_START]}
 

@@ -51,6 +51,8 @@ def datasets_cache(tmp_path, monkeypatch):
         ("cafe\u0301 cafe", "cafe", 1, (6, 10)),
         # Within a word only in writing without spaces between words, or at the start itself.
         ("Verrat und Rates", "rat", 4, None),
+        ("Das ß", "s", 2, (2, 3)),
+        ("Ein ß", "s", 2, None),
         ("Die Donaudampfschifffahrt", "Dampfschiff", 9, (9, 20)),
         ("彼は東京都に住む", "東京", 5, (2, 4)),
         ("ฉันอยู่กรุงเทพมหานคร", "กรุงเทพ", 2, (7, 14)),
@@ -155,6 +157,11 @@ def test_empty_questions_are_left_out(caplog):
     assert aligned["id"][:] == ["right"] and changes == [] and caplog.messages == []  # the reader has said it
     with pytest.raises(QAError, match="train.json: each question is empty; nothing to train on"):
         align_answers(make_examples(empty), "train.json")
+
+
+def test_changes_stand_in_the_order_of_the_questions():
+    rows = [(str(i), "?", f"el río {i % 3}", "Río", 1) for i in range(9)]
+    assert [change["id"] for change in align_answers(make_examples(rows), "f")[1]] == [row[0] for row in rows]
 
 
 def test_further_answers_stay():
