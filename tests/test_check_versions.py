@@ -26,7 +26,7 @@ def test_a_line_for_each_version_and_1_if_one_fails(monkeypatch, capsys):
     monkeypatch.setattr(check_versions, "environment_python", lambda environments, version: sys.executable)
     installed = transformers.__version__
     assert check_versions.main(["--versions", installed]) == 0
-    report = {"transformers": installed, "failures": [], "difference": 0.0}
+    report = {"transformers": installed, "failures": [], "difference": 0.0, "pipelines": []}
     monkeypatch.setattr(check_versions, "run_check", lambda python, folder: copy.deepcopy(report))
     assert check_versions.main(["--versions", "5.0.0", installed]) == 1
     ok, other, ok_again = capsys.readouterr().out.splitlines()
@@ -39,18 +39,22 @@ def test_what_is_wrong_with_the_code_is_found(saved, tmp_path):
     """Each fault in a copy of one model, all checked by one process."""
     name = "relative_key_query as Google names weights"
     faults = (
-        ("import torch\n", "import torch\nimport transformers.no_such_module\n", "eager: ModuleNotFoundError: No"),
+        ("from torch import nn\n", "import transformers.no_such_module\n", "eager: ModuleNotFoundError: No"),
         ("(rows.flip(0)", "(rows", "sdpa: AssertionError: loaded: start_logits is off by"),
         ("requires_grad_(False)", "requires_grad_(True)", "the parameters without gradient are []"),
         ('kwargs.setdefault("save_original_format", False)', "pass", "saves weights under other names: ['bert"),
         ("(GradientCheckpointingLayer)", "(nn.Module)", "not compatible with gradient checkpointing"),
         ("                hidden_states.append(hidden)", "                pass", "hidden states have shapes"),
+        (
+            "return start_logit + end_logit",
+            "return start_logit - end_logit",
+            "sdpa: AssertionError: the pipeline answers",
+        ),
     )
     for number, (code, broken, _) in enumerate(faults):
-        model_file = shutil.copytree(saved / name, tmp_path / f"fault_{number}") / "modeling_relative_bert.py"
-        text = model_file.read_text()
-        assert code in text
-        model_file.write_text(text.replace(code, broken))
+        folder = shutil.copytree(saved / name, tmp_path / f"fault_{number}")
+        (file,) = [file for file in folder.glob("*.py") if code in file.read_text()]
+        file.write_text(file.read_text().replace(code, broken))
     failures = check_versions.run_check(sys.executable, tmp_path)["failures"]
     for number, (_, _, failure) in enumerate(faults):
         assert any(each.startswith(f"fault_{number}") and failure in each for each in failures), failures
