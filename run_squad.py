@@ -254,7 +254,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     check_length(data_args.max_seq_length, model, tokenizer)
     trainer = make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
     log_summary(model, data_args, training_args)
-    if trainer.is_world_process_zero() and (training_args.do_train or training_args.do_eval):
+    if trainer.is_world_process_zero():
         checkpoints.write_qa_settings(training_args, model_args, data_args)
 
     if trained:

@@ -30,7 +30,7 @@ from transformers.trainer_utils import SaveStrategy, speed_metrics
 from qa import checkpoints
 from qa.columns import column
 from qa.distributed import fail_together, gather, on_main_process, writing
-from qa.files import QAError, told_in_one_line, write_json
+from qa.files import QAError, read_json, told_in_one_line, write_json
 from qa.load_model import load_weights, rename_extra_special_tokens
 from qa.question_answering_pipeline import save_code
 from utils_qa import AnswerSearch, AnswerSettings
@@ -402,9 +402,8 @@ class QuestionAnsweringTrainer(Trainer, TrainerCallback):
         def write():
             write_json(os.path.join(self.args.output_dir, f"{split}_results.json"), dict(sorted(metrics.items())))
             if combined:
-                earlier = checkpoints.earlier_results(self.args.output_dir)
                 file = os.path.join(self.args.output_dir, checkpoints.ALL_RESULTS)
-                write_json(file, dict(sorted({**earlier, **metrics}.items())))
+                write_json(file, dict(sorted({**read_json(file), **metrics}.items())))
 
         on_main_process(write)
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MARKER = "checkpoint_complete.json"  # what a checkpoint holds beside the Trainer's files: see `mark_complete`
 RUN_STATE = "run_state.json"  # whether the run in an output_dir is "training" or "trained", and its settings
-QA_SETTINGS = "qa_settings.json"  # so that ask.py and report.py need not be told again
+QA_SETTINGS = "qa_settings.json"  # so that report.py need not be told again
 REPAIRED_ANSWERS = "repaired_answers.json"  # the training answers that did not stand at their answer_start
 ALL_RESULTS = "all_results.json"  # the metrics of training, evaluation and prediction
 MODEL_FILES = (  # what training leaves in output_dir, and an evaluation does not
@@ -152,23 +152,23 @@ def same_command(training_args) -> str:
 
 
 def write_qa_settings(training_args, model_args, data_args) -> None:
-    """Writes the flags that windows, answers and the questions of an evaluation depend on."""
+    """Writes the flags that windows, answers and the questions of an evaluation depend on.
+
+    A prediction alone leaves those of an evaluation that are there.
+    """
+    file = Path(training_args.output_dir, QA_SETTINGS)
+    if file.exists() and not (training_args.do_train or training_args.do_eval):
+        return
     settings = {
         **vars(data_args),
         "tokenizer_name": model_args.tokenizer_name or model_args.model_name_or_path,
         "cache_dir": model_args.cache_dir,
         "seed": training_args.seed,  # by which --validation_split_percentage chooses
     }
-    write_json(os.path.join(training_args.output_dir, QA_SETTINGS), settings)
+    write_json(file, settings)
 
 
 # ---- The run in an output_dir ----
-
-
-def earlier_results(output_dir: str | os.PathLike) -> dict:
-    """The metrics that stand in `output_dir` already. Raises QAError where that file is not one of metrics."""
-    file = Path(output_dir, ALL_RESULTS)
-    return read_json(file) if file.exists() else {}
 
 
 def plan_run(training_args, settings: dict, restarted: bool) -> tuple[bool, str | None]:
@@ -178,7 +178,7 @@ def plan_run(training_args, settings: dict, restarted: bool) -> tuple[bool, str 
     overwrite something else or mix two runs.
     """
     folder = Path(training_args.output_dir)
-    earlier_results(folder)  # raises
+    read_json(folder / ALL_RESULTS)  # raises where it is not one of metrics
     if not training_args.do_train:
         return False, None
     file = folder / RUN_STATE
@@ -229,7 +229,7 @@ def _check_start_stays(folder: Path, settings: dict) -> None:
 
 def _check_is_free(folder: Path, named: str | None) -> None:
     """Raises QAError where the folder, in which no run has begun, holds a file such as training writes."""
-    names = MODEL_FILES if (folder / QA_SETTINGS).exists() else (*MODEL_FILES, "*_results.json")  # of an evaluation
+    names = MODEL_FILES if (folder / QA_SETTINGS).exists() else (*MODEL_FILES, "*_results.json")  # of an answering
     held = [path.name for name in names for path in sorted(folder.glob(name))]
     if held and not (named and _is_checkpoint_in(folder, named)):
         raise QAError(

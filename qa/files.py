@@ -101,7 +101,9 @@ def json_line(obj) -> str:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file. Raises QAError that names the file where it holds none, or cannot be read."""
+    """The object in a JSON file, {} where there is no file. Raises QAError that names one without an object."""
+    if not os.path.exists(path):
+        return {}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):

@@ -144,6 +144,8 @@ def _csv_columns(file: BinaryIO) -> tuple[list[str], str]:
     """The columns that the first line names, and what stands between them; none where it names no context."""
     line = file.readline(2000).decode("utf-8-sig", errors="replace")  # of the buffer, to which seek goes back
     file.seek(0)
+    if line.lstrip().startswith(("{", "[")):  # JSON, of which a text may say ", context,"
+        return [], ""
     for delimiter in DELIMITERS:
         columns = [name.strip().strip('"') for name in line.split(delimiter)]
         if len(columns) > 1 and "context" in _with_our_names(dict.fromkeys(columns, "")):
@@ -281,7 +283,7 @@ def _gold_answers(item: dict, impossible: bool, place: str) -> dict[str, list] |
 
 
 def _add_answers(read: dict[str, list], value: Any, starts: Any, place: str) -> None:
-    """Adds a text, unless it is empty, the one or more of an object, or those of a list; `starts` stand beside them."""
+    """Adds a text, unless it is empty or null, or those of an object or a list; `starts` stand beside them."""
     if isinstance(value, dict):
         value = _with_our_names(value)
         texts = value["answers"] if "answers" in value else _get(value, "text", object, place)
@@ -293,7 +295,7 @@ def _add_answers(read: dict[str, list], value: Any, starts: Any, place: str) -> 
             raise QAError(f"{place}: {len(value)} texts but {len(starts)} answer_starts")
         for number, (one, start) in enumerate(zip(value, starts, strict=True)):
             _add_answers(read, one, start, f"{place}[{number}]")
-    elif _check(value, str, place):
+    elif value is not None and _check(value, str, place):
         read["text"].append(value)
         read["answer_start"].append(_start(starts, f"{place}.answer_start"))
 

@@ -1,7 +1,6 @@
 """From a checkpoint's name to configuration, tokenizer and model, and from a saved folder to what others can read."""
 
 import inspect
-import json
 import logging
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from qa import hub
-from qa.files import QAError, one_line, write_json
+from qa.files import QAError, one_line, read_json, write_json
 from qa.modeling_relative_bert import RELATIVE_TYPES, RelativeBertForQuestionAnswering
 from qa.question_answering_pipeline import absolute_positions, custom_pipelines
 
@@ -265,7 +264,7 @@ def rename_extra_special_tokens(folder: str | Path) -> None:
     additional_special_tokens. Without such tokens, or without a tokenizer in `folder`, nothing changes.
     """
     path = Path(folder, "tokenizer_config.json")
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = read_json(path)
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         write_json(path, settings)

@@ -40,7 +40,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     """Answers questions from texts of any length: `pipe(question="Who was she?", context=text)`.
 
     Returns {"answer", "score", "start", "end"}: score is the answer's probability among the `n_best_size` best ones,
-    start and end count characters of the context, end exclusive; "" from 0 to 0 is no answer. A list of these for
+    start and end count characters of the context, end exclusive; "" is no answer. A list of these for
     several questions, and instead of each a list, best first, for `top_k` above 1 (if there are as many).
 
     The settings, given here or with a call, are by default those that the model was trained with (see DEFAULTS):
@@ -69,14 +69,17 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         self.contexts: dict[str, Text] = {}
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Saves model, tokenizer, this code, and the settings that the pipeline was made with."""
+        made_with = {**self._preprocess_params, **self._forward_params, **self._postprocess_params}
+        self.model.config.qa_settings = {name: made_with[name] for name in DEFAULTS}
         super().save_pretrained(save_directory, **kwargs)
         save_code(save_directory)
 
     def __call__(self, *examples, question=None, context=None, **settings):
         """Answers `question`, or several, from `context`, or from one each.
 
-        In their place: a dict {"question", "context"} or a list, a generator or a dataset of these. Raises ValueError
-        for a question or a context that is empty or no text.
+        In their place: a dict {"question", "context"} or a list, a generator or a torch dataset of these. Raises
+        ValueError for a question or a context that is empty or no text.
         """
         if question is not None or context is not None:
             one_context = isinstance(context, str) or context is None
@@ -214,7 +217,8 @@ class Text:
         start, end = int(self.char_starts[first]), int(self.char_ends[last])
         first_word, last_word = self.encoding.token_to_word(first), self.encoding.token_to_word(last)
         if align_to_words and None not in (first_word, last_word):
-            start, end = self.encoding.word_to_chars(first_word)[0], self.encoding.word_to_chars(last_word)[1]
+            start = min(start, self.encoding.word_to_chars(first_word)[0])
+            end = max(end, self.encoding.word_to_chars(last_word)[1])
             words = self.text[start:end]
             start, end = end - len(words.lstrip()), start + len(words.rstrip())
         return start, max(start, end)  # a span of white space alone ends before it starts

@@ -114,7 +114,7 @@ def files_of(path: str) -> dict[str, str]:
 def _rows(files: dict[str, str]) -> Iterator[dict]:
     """Their questions, one after the other. Of several files each is named before its places."""
     for name, path in files.items():
-        before = f"{name}: " if len(files) > 1 else ""
+        before = f"{os.fsencode(name).decode(errors='backslashreplace')}: " if len(files) > 1 else ""
         with errors_of(name) if before else contextlib.nullcontext(), open(path, "rb") as file:
             for row in file_rows(file):
                 row["place"] = before + row["place"]
@@ -197,7 +197,7 @@ def _to_table(rows: Iterable[dict]) -> tuple[pa.Table, dict[str, dict]]:
             if row["answers"]["text"]:
                 odd["impossible_with_answer"][row["id"]] = None
                 row["answers"] = {"text": [], "answer_start": []}
-        if row["answers"] is None:
+        if row["answers"] is None and not again:
             unanswered = unanswered or place
         if not again:
             ids[row["id"]] = number

@@ -20,7 +20,8 @@ MISPLACED_ANSWERS = ("repair", "drop", "refuse")
 # What is said of answers that do not stand at their answer_start.
 REPAIRED = "questions have an answer that does not stand at its answer_start as written: trained on where it stands"
 LEFT_OUT = (
-    "questions are left out of training: their answer stands nowhere, or in several places and has no answer_start"
+    "questions are left out of training: their answer stands nowhere as whole words, or in several places and has no "
+    "answer_start"
 )
 DROPPED = "questions are left out of training: their answer does not stand at its answer_start"
 # How the names begin of letters that are written without spaces between words.

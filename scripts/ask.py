@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         ask(args)
-    except (QAError, ValueError) as error:
+    except ValueError as error:  # a QAError, or of the pipeline
         parser.refuse(error)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -69,13 +69,13 @@ def export(args: argparse.Namespace) -> None:
 
     model, tokenizer, settings = ask.load(args)
     model.cpu()
+    ours = {ours: settings[theirs] for ours, theirs in load_model.PIPELINE_SETTINGS.items()}
+    windows, answers = (
+        kind(**{f.name: ours[f.name] for f in fields(kind)}) for kind in (WindowSettings, AnswerSettings)
+    )
     if args.validation_file:
         examples = read_squad_file(args.validation_file)
         without_labels = examples.select_columns(["id", "context", "question"])
-        ours = {ours: settings[theirs] for ours, theirs in load_model.PIPELINE_SETTINGS.items()}
-        windows, answers = (
-            kind(**{f.name: ours[f.name] for f in fields(kind)}) for kind in (WindowSettings, AnswerSettings)
-        )
         features = make_features(without_labels, tokenizer, windows)
 
     runs = {args.model_dir: run_of_model(model)}

@@ -9,7 +9,6 @@ The page stands alone: it loads nothing and runs no script.
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import re
 import string
@@ -27,7 +26,7 @@ import datasets  # noqa: E402
 import transformers  # noqa: E402
 
 from qa.checkpoints import QA_SETTINGS  # noqa: E402
-from qa.files import OneLineParser, QAError, one_line, write_text  # noqa: E402
+from qa.files import OneLineParser, QAError, read_json, write_text  # noqa: E402
 from qa.layouts import NO_START  # noqa: E402
 from qa.load_model import load_tokenizer  # noqa: E402
 from qa.read_squad import files_of, load_examples  # noqa: E402
@@ -105,14 +104,6 @@ def read_run(output_dir: str, **source: str | None) -> tuple[list[Question], dic
         for name in ("loss", "eval_loss", "eval_f1")
     }
     return questions, history
-
-
-def read_json(path: Path) -> dict:
-    """The object in the file; an empty one where there is no file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (ValueError, OSError) as error:
-        raise QAError(f"{path}: cannot be read as JSON: {one_line(error)}") from error
 
 
 def read_examples(folder: Path, settings: dict, source: dict, answers: dict) -> datasets.Dataset:

@@ -47,7 +47,7 @@ def test_files_answer_as_the_model_does(make_model, tmp_path, capsys):
 def test_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     def refusal(*argv: str) -> str:
         with pytest.raises(SystemExit) as status:
-            export_onnx.main([*argv, *WINDOWS])
+            export_onnx.main([*WINDOWS, *argv])
         out, err = capsys.readouterr()
         assert (status.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("export_onnx.py: error: ")
         return err
@@ -56,6 +56,7 @@ def test_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     assert "not installed: no_such_package; install with: python -m pip install no_such_package" in refusal("model")
     monkeypatch.setattr(export_onnx, "PACKAGES", ())
     model = tiny_bert(tmp_path / "model")
+    assert "--max_seq_length is -5, must be at least 1" in refusal(model, "--max_seq_length", "-5")
     for name in ("model.onnx", "dev_int8.onnx"):
         Path(model, name).write_text("theirs")
     assert "model.onnx exists: replace it with --overwrite" in refusal(model)

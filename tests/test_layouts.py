@@ -195,7 +195,22 @@ def test_csv_of_many_blocks(read, monkeypatch):
     assert read(as_csv(items)).remove_columns("title").to_list() == items
 
 
+def test_json_with_a_text_like_the_columns_of_csv(read):
+    rows = [{"id": str(i), "context": "It is culture, context, and language.", "question": "?"} for i in range(2)]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    assert read(rows).remove_columns("title").to_list() == read(lines).remove_columns("title").to_list() == rows
+
+
 # ---- Other names and forms ----
+
+
+def test_answers_of_null_and_a_row_again_without_answers(read):
+    row = {"id": "a", "context": "zwei", "question": "?"}
+    nulls = ([None], [{"text": None, "answer_start": None}], {"text": [None], "answer_start": [None]})
+    for answers in nulls:
+        assert read([{**row, "answers": answers, "is_impossible": True}])["answers"][0]["text"] == []
+    assert read([{**row, "answers": "zwei"}, row])["answers"][0]["text"] == ["zwei"]
+
 
 START = {"text": ["made of"], "answer_start": [30]}
 FORMS = {

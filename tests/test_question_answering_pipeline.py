@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from tiny import read, tiny_bert
 from transformers import BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering, pipeline
 
 import run_squad
+from qa.load_model import PIPELINE_SETTINGS
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
-from qa.question_answering_pipeline import QuestionAnsweringPipeline
+from qa.question_answering_pipeline import DEFAULTS, QuestionAnsweringPipeline
+from qa.windows import WindowSettings
+from utils_qa import AnswerSettings
 
 MODELS = {"absolute": BertForQuestionAnswering, "relative_key_query": RelativeBertForQuestionAnswering}
 SETTINGS = "--max_seq_length 24 --doc_stride 7 --max_query_length 6 --n_best_size 7 --max_answer_length 5".split()
@@ -135,10 +139,21 @@ def test_a_text_is_tokenized_once_for_all_its_questions(trained, monkeypatch):
 
 
 def test_saved_by_itself_it_stands_beside_its_model(trained, tmp_path):
-    ask = pipeline(model=str(trained), trust_remote_code=True, device="cpu")
+    """And answers by the settings that it was made with."""
+    ask = pipeline(model=str(trained), trust_remote_code=True, device="cpu", max_answer_len=1)
     ask.save_pretrained(tmp_path)
     again = pipeline("extractive-question-answering", model=str(tmp_path), trust_remote_code=True, device="cpu")
-    assert again(question=QUESTIONS, context=TEXT) == ask(question=QUESTIONS, context=TEXT)
+    answers = ask(question=QUESTIONS, context=TEXT)
+    assert again(question=QUESTIONS, context=TEXT) == answers
+    assert not [each for each in answers if " " in each["answer"]]
+
+
+def test_its_defaults_are_those_of_the_program_and_marks_stay_on_words(trained):
+    ours = {field.name: field.default for kind in (WindowSettings, AnswerSettings) for field in fields(kind)}
+    assert {theirs: ours[name] for name, theirs in PIPELINE_SETTINGS.items()} == DEFAULTS
+    ask = pipeline(model=str(trained), trust_remote_code=True, device="cpu")
+    asked = {"question": QUESTIONS[1], "context": "pari\u0301s", "n_best_size": 20, "handle_impossible_answer": False}
+    assert ask(**asked)["answer"] == ask(**asked, align_to_words=True)["answer"] == "pari\u0301s"
 
 
 def test_words_of_another_encoder_without_settings(tmp_path):

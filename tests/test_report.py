@@ -202,7 +202,7 @@ def test_each_error_is_one_line(tmp_path, capsys):
     for settings, message in (
         (json.dumps({"validation_file": str(questions)}), "of different evaluations: evaluate again"),
         ("{}", "does not say which questions were evaluated"),
-        ("{", "qa_settings.json: cannot be read as JSON"),
+        ("{", "qa_settings.json: cannot be read as a JSON object"),
     ):
         (run / "qa_settings.json").write_text(settings)
         assert message in refusal()
