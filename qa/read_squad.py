@@ -37,6 +37,7 @@ STORED_FEATURES = Features({**EXAMPLE_FEATURES, "context": DistinctText()})
 # Part of the name of each file that is kept, so that nothing is read as earlier code has read it.
 SOURCES = [Path(file).read_bytes() for file in (__file__, layouts.__file__, columns.__file__)]
 READER = hashlib.sha256(b"".join(SOURCES)).hexdigest()[:8]
+SAVED_TO_DISK = (datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME)
 IDS_SHOWN = 5
 # What may be odd about questions as they are read, and what is said of it after their number.
 NOTES = {
@@ -67,9 +68,10 @@ def load_examples(
     if dataset_name:
         what = f"--dataset_name {dataset_name}: cannot be loaded from the hub or its cache"
         with hub.loading(what, dataset_name, "dataset", token=token, cache_dir=cache_dir) as id_:
-            if os.path.exists(os.path.join(id_, datasets.config.DATASET_STATE_JSON_FILENAME)):
-                saved = datasets.load_from_disk(id_)
-                found = {re.match(r"\w+", str(saved.split or "train"))[0]: saved}  # which may be "train[:100]"
+            if any(os.path.exists(os.path.join(id_, name)) for name in SAVED_TO_DISK):
+                found = datasets.load_from_disk(id_)
+                if isinstance(found, Dataset):
+                    found = {re.match(r"\w+", str(found.split or "train"))[0]: found}  # which may be "train[:100]"
             else:
                 found = datasets.load_dataset(id_, dataset_config_name, cache_dir=cache_dir, token=token)
         for split in ("train", "validation", "test"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from test_modeling_relative_bert import assert_equals_golden, golden_batch, golden_model
 from tiny import read
 from tokenizers import Tokenizer, models
@@ -242,7 +243,10 @@ POSITIONS = {"max_position_embeddings": 20}
     ],
 )
 def test_the_limit_is_the_table_of_absolute_positions(model_type, settings, longest):
-    config = getattr(transformers, f"{model_type}Config")(**settings)
+    try:
+        config = getattr(transformers, f"{model_type}Config")(**settings)
+    except StrictDataclassError:  # ModernBERT's, of an earlier transformers
+        pytest.skip("transformers does not make its configuration with the huggingface_hub that is here")
     with torch.device("meta"):
         model = AutoModelForQuestionAnswering.from_config(config)
     check_length(longest or 10**6, model, [])

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import importlib
+import inspect
 import json
 import os
 import re
@@ -402,6 +403,8 @@ def test_notebook_in_a_thread_of_windows(command, tmp_path, capsys, monkeypatch)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
     notebook = importlib.import_module("transformers.utils.notebook")
+    if "must be called before on_evaluate" in inspect.getsource(notebook):
+        pytest.skip("the notebook's callback of this transformers takes no evaluation after training")
     monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", notebook.NotebookProgressCallback)
 
     def flush(handle):
