@@ -164,9 +164,9 @@ class AnswerSearch:
         """
         bounds, settings = self.bounds[window], self.settings
         how = settings.n_best_size, settings.max_answer_length, settings.version_2_with_negative
-        found = {"window": window, **best_spans(start_logits, end_logits, bounds, *how)}
+        own = [own_logits(logits, bounds[:, :1], settings.n_best_size) for logits in (start_logits, end_logits)]
+        found = {"window": window, **best_spans(*own, bounds, *how)}
         if self.labels is not None:
-            own = (own_logits(logits, bounds[:, :1]) for logits in (start_logits, end_logits))
             found["loss"] = window_losses(*own, *(labels[window] for labels in self.labels))
         return found
 

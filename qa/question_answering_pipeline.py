@@ -105,8 +105,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         for name in ("max_seq_len", "doc_stride", "max_question_len", "n_best_size", "max_answer_len", "top_k"):
             if settings.get(name, 1) < 1:
                 raise ValueError(f"{name} is {settings[name]}, must be 1 or more")
-        longest = absolute_positions(self.model)
-        if longest is not None and settings.get("max_seq_len", 0) > longest:
+        longest = absolute_positions(self.model) if "max_seq_len" in settings else None
+        if longest is not None and settings["max_seq_len"] > longest:
             raise ValueError(
                 f"max_seq_len is {settings['max_seq_len']}, but the model has positions for {longest} tokens only"
             )
@@ -160,8 +160,9 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     def _forward(self, windows, n_best_size, max_answer_len, handle_impossible_answer) -> dict:
         names = ("input_ids", "attention_mask", "token_type_ids")
         output = self.model(**{name: windows.pop(name) for name in names if name in windows})
-        logits = output.start_logits, output.end_logits
-        found = best_spans(*logits, windows.pop("bounds"), n_best_size, max_answer_len, handle_impossible_answer)
+        bounds = windows.pop("bounds")
+        logits = (own_logits(each, bounds[:, :1], n_best_size) for each in (output.start_logits, output.end_logits))
+        found = best_spans(*logits, bounds, n_best_size, max_answer_len, handle_impossible_answer)
         return {**found, **windows}
 
     def postprocess(self, windows, handle_impossible_answer, null_score_diff_threshold, top_k=1, align_to_words=False):
@@ -344,10 +345,10 @@ def place_windows(context_lengths, room, doc_stride: int) -> tuple[np.ndarray, n
 # ---- Logits to spans ----
 
 
-def own_logits(logits: torch.Tensor, length: torch.Tensor, columns: int = 0) -> torch.Tensor:
+def own_logits(logits: torch.Tensor, length: torch.Tensor, columns: int) -> torch.Tensor:
     """(batch, padded length or `columns`, if that is more) float32: -inf where no token of the window stands.
 
-    logits: (batch, padded length). length: (batch, 1), the window's tokens.
+    logits: (batch, padded length), any float type. length: (batch, 1), the window's tokens.
     """
     more = max(columns - logits.shape[1], 0)
     outside = torch.arange(logits.shape[1] + more, device=logits.device) >= length
@@ -367,15 +368,13 @@ def best_spans(
     The `n` best starts are combined with the `n` best ends. Spans inside the context, not reversed and of at most
     `max_answer_length` tokens, rank by `span_score`, equal ones by position.
 
-    start_logits, end_logits: (batch, padded length), any float type. bounds: (batch, 3), the window's tokens and the
-    positions of the context's first token and after its last one.
+    start_logits, end_logits: (batch, n columns or more), as `own_logits` gives them. bounds: (batch, 3), the window's
+    tokens and the positions of the context's first token and after its last one.
 
     Returns start, end (int32, positions), start_logit, end_logit and score (float32), (batch, n + 1): the best spans,
     best first, of score -inf where there are no more, and in the last column the null answer, the first token. And
     finite, (batch,) bool: whether the logits can be used; not with -inf at the first token where `null_answers`.
     """
-    # There are n columns or more, so that every window has n starts and n ends.
-    start_logits, end_logits = (own_logits(logits, bounds[:, :1], n) for logits in (start_logits, end_logits))
     finite = (start_logits.amax(dim=1) <= LARGEST_LOGIT) & (end_logits.amax(dim=1) <= LARGEST_LOGIT)  # not if NaN
     if null_answers:
         finite &= (start_logits[:, 0] >= -LARGEST_LOGIT) & (end_logits[:, 0] >= -LARGEST_LOGIT)

@@ -144,10 +144,8 @@ def load(args: argparse.Namespace) -> tuple:
     name, trust = args.model_dir, args.trust_remote_code
     if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise QAError(f"{name}: there is no such folder, and a name on the hub has not this form")
-    model, tokenizer = (
-        load_model.load_trained_model(name, trust),
-        load_model.load_tokenizer(name, trust_remote_code=trust),
-    )
+    model = load_model.load_trained_model(name, trust)
+    tokenizer = load_model.load_tokenizer(name, trust_remote_code=trust)
     load_model.fit_token_types(model, tokenizer)
     if not hasattr(model.config, "qa_settings"):
         logger.warning("config.json of %s has no qa_settings: run_squad.py's defaults are taken.", name)

@@ -34,6 +34,7 @@ from qa.load_model import (
     resolve_position_embedding_type,
 )
 from qa.modeling_relative_bert import RelativeBertForQuestionAnswering
+from trainer_qa import NEWEST_TESTED
 
 GOLDEN = Path(__file__).parent / "golden" / "attention"
 EACH_TYPE = pytest.mark.parametrize("position_type", ("relative_key", "relative_key_query"))
@@ -246,6 +247,8 @@ def test_the_limit_is_the_table_of_absolute_positions(model_type, settings, long
     try:
         config = getattr(transformers, f"{model_type}Config")(**settings)
     except StrictDataclassError:  # ModernBERT's, of an earlier transformers
+        if transformers.__version__ == NEWEST_TESTED:
+            raise
         pytest.skip("transformers does not make its configuration with the huggingface_hub that is here")
     with torch.device("meta"):
         model = AutoModelForQuestionAnswering.from_config(config)
