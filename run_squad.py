@@ -12,7 +12,9 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 import transformers
@@ -217,18 +219,30 @@ ARGUMENT_GROUPS = (ModelArguments, DataTrainingArguments, QATrainingArguments)
 
 
 def main(argv: list[str] | None = None) -> None:
+    run_as("run_squad.py", lambda: run(*parse_arguments(sys.argv[1:] if argv is None else argv)))
+
+
+def run_as(prog: str, program: Callable[[], None]) -> None:
+    """Runs a program; what ends it early is told in one line, and by the exit status."""
+
+    def end(message: str, status: int, any_process: bool = False) -> NoReturn:
+        rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))  # one line on each machine
+        if any_process or int(rank) == 0:
+            print(f"{prog}: {message}", file=sys.stderr, flush=True)
+        sys.exit(status)
+
     try:
-        run(*parse_arguments(sys.argv[1:] if argv is None else argv))
+        program()
     except TrainingStopped as stopped:
-        _exit(f"{stopped}.", stopped.exit_status)
+        end(f"{stopped}.", stopped.exit_status)
     except KeyboardInterrupt:
-        _exit("interrupted", 130)
+        end("interrupted", 130)
     except QAError as error:
-        _exit(f"error: {one_line(error)}", 2)
+        end(f"error: {one_line(error)}", 2)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
-        _exit(f"error: {one_line(error)}. {OUT_OF_MEMORY}", 2, any_process=True)
+        end(f"error: {one_line(error)}. {OUT_OF_MEMORY}", 2, any_process=True)
 
 
 def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
@@ -284,18 +298,15 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
 # ---- Arguments ----
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments, QATrainingArguments]:
+def parse_arguments(argv: list[str], groups=ARGUMENT_GROUPS, **settings: str):
     """The three groups of arguments from flags, and from the JSON file that may stand before them.
 
-    Raises QAError for a flag that is unknown or refused, and for a value that cannot be.
+    `groups`, `settings`: of a program that takes these with more, and what argparse says of it. Raises QAError for a
+    flag that is unknown or refused, and for a value that cannot be.
     """
-    (model_args, data_args, training_args), notices = parse_flags(
-        ARGUMENT_GROUPS,
-        argv,
-        prog="run_squad.py",
-        usage="%(prog)s --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ...",
-        description=__doc__.split("\n")[0],
-    )
+    usage = "%(prog)s --model_name_or_path MODEL --output_dir FOLDER [--do_train] [--do_eval] [--do_predict] ..."
+    settings = {"prog": "run_squad.py", "usage": usage, "description": __doc__.split("\n")[0], **settings}
+    (model_args, data_args, training_args), notices = parse_flags(groups, argv, **settings)
     level = logging.INFO if training_args.log_level == "passive" else training_args.get_process_log_level()
     set_up_logging(level if training_args.process_index == 0 else logging.ERROR)
     for notice in notices:
@@ -429,13 +440,6 @@ def log_where(training_args: QATrainingArguments) -> None:
         logger.info("To ask the model: python scripts/ask.py %s --context_file FILE", folder)
     if training_args.do_eval:
         logger.info("To see where it fails: python scripts/report.py %s", folder)
-
-
-def _exit(message: str, status: int, any_process: bool = False) -> None:
-    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))  # one line on each machine
-    if any_process or int(rank) == 0:
-        print(f"run_squad.py: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,19 @@ def load_model(name: str, config: PreTrainedConfig, complete: bool = False, **so
     `complete`: nothing is going to train it, so that none may be new. Raises QAError for those, for weights of another
     shape than `config` says, and where the model cannot be loaded.
     """
+    model, missing = load_weights_there(name, config, **source)
+    if missing and complete:
+        raise QAError(
+            f"{name} lacks {_some(missing)}: it was not trained to answer questions with them; train it with "
+            "run_squad.py first"
+        )
+    if missing:
+        logger.info("New parameters, not in %s: %s.", name, ", ".join(missing))
+    return model
+
+
+def load_weights_there(name: str, config: PreTrainedConfig, **source) -> tuple[PreTrainedModel, list[str]]:
+    """As `load_model`, with the names of the parameters that are new, of which it says nothing."""
     absolute = position_type_of(config) == "absolute"
     model_class = AutoModelForQuestionAnswering if absolute else RelativeBertForQuestionAnswering
     # float32 whatever the checkpoint is in: half precision is --bf16's and --fp16's, by autocast.
@@ -156,17 +169,9 @@ def load_model(name: str, config: PreTrainedConfig, complete: bool = False, **so
             f"the weights of {name} have other shapes than the configuration says ({_some(mismatched)}): its "
             "config.json, or what --config_name names, is of another model"
         )
-    missing = sorted(report["missing_keys"])
-    if missing and complete:
-        raise QAError(
-            f"{name} lacks {_some(missing)}: it was not trained to answer questions with them; train it with "
-            "run_squad.py first"
-        )
-    if missing:
-        logger.info("New parameters, not in %s: %s.", name, ", ".join(missing))
     # Saved by the names of today; transformers would write those of the file back, such as Google's gamma and beta.
     model.__dict__.pop("_weight_conversions", None)
-    return model
+    return model, sorted(report["missing_keys"])
 
 
 def load_trained_model(folder: str, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import pytest
 from hub_server import Hub, published
 
 import run_squad
+from scripts import make_relative
 
 ROOT = Path(run_squad.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -120,7 +121,8 @@ def test_every_recipe_of_the_table_runs(workplace, hub):
 
 
 def test_every_flag_and_file_exists():
-    ours = {f"--{name}" for group in run_squad.ARGUMENT_GROUPS for name in group.__dataclass_fields__}
+    groups = (*run_squad.ARGUMENT_GROUPS, make_relative.DistillationDataArguments)
+    ours = {f"--{name}" for group in groups for name in group.__dataclass_fields__}
     elsewhere = {f"--{name}" for name in "nproc_per_node question context_file help warmup_ratio size".split()}
     for page, folder in ((README, ROOT), (TOOLS, ROOT / "scripts")):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*\b", page)) - elsewhere <= ours

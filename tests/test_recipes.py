@@ -79,7 +79,7 @@ def test_a_published_command_is_read_as_published(recipe, tmp_path):
 
 def test_all_recipes_are_here():
     recipes = {path.name for path in (ROOT / "scripts").glob("train_*.sh")}
-    assert recipes == {*PUBLISHED, "train_contracts.sh"}
+    assert recipes == {*PUBLISHED, "train_contracts.sh", "train_made_relative.sh"}
     for recipe in recipes:
         assert os.access(ROOT / "scripts" / recipe, os.X_OK)
         assert re.match(r"#!/usr/bin/env bash\n# BERT", (ROOT / "scripts" / recipe).read_text())
@@ -190,3 +190,16 @@ def test_the_recipe_for_contracts_runs(tmp_path, capsys):
     hold, others, kept = map(int, re.search(r"(\d+) hold an answer; of the (\d+) others (\d+) are", err).groups())
     assert hold > 0 and kept == round(others / 2)
     assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_samples"] == hold + kept
+
+
+@pytest.mark.slow
+def test_the_recipe_that_makes_a_model_relative_runs_on_two_processes(tmp_path, hub):
+    environment = hub.environment(tmp_path / "home", NPROC_PER_NODE="2")
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [ROOT / "scripts" / "train_made_relative.sh", "--seed", "7"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads((tmp_path / f"made_relative{end}/eval_results.json").read_text()) for end in ("", "_squad")]
+    assert "eval_layer_1" in results[0] and results[1]["eval_total"] == VALIDATION_QUESTIONS
+    config = json.loads((tmp_path / "made_relative_squad" / "config.json").read_text())
+    assert config["position_embedding_type"] == "relative_key_query"
