@@ -420,8 +420,9 @@ def divergence(own: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 def model_card(model_args, data_args, training_args, trainer, agreement: dict, scores: dict) -> str:
     name = trainer.hub_model_id or os.path.basename(os.path.normpath(training_args.output_dir))
     base = without_folder(model_args.model_name_or_path)
-    texts = data_args.text_file or [data_args.text_dataset_name or data_args.train_file or data_args.dataset_name]
-    texts = ", ".join(map(without_folder, texts))
+    questions = data_args.train_file or data_args.dataset_name
+    sources = filter(None, [*(data_args.text_file or []), data_args.text_dataset_name, questions])
+    texts = ", ".join(map(without_folder, sources))
     position_type = model_args.position_embedding_type
     metadata = ModelCardData(
         model_name=name,

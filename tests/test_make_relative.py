@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_the_student_of_a_teacher_whose_positions_are_all_one_is_its_equal(input
 
 def test_text_makes_a_student_that_is_fine_tuned_as_any_bert(inputs, tmp_path, capsys):
     out = tmp_path / "student"
-    text = ["--text_file", inputs["text"], "--num_train_epochs", "10", "--eval_strategy", "epoch", "--eval_on_start"]
+    sources = f"--text_file {inputs['text']} --train_file {inputs['questions']} --doc_stride 16"
+    text = [*sources.split(), *"--num_train_epochs 10 --eval_strategy epoch --eval_on_start".split()]
     make_relative.main([inputs["masked"], *text, *TYPE, *QUICK, "--output_dir", str(out)])
     printed = shares(capsys.readouterr().out)
     history = [entry for entry in read(out, "trainer_state.json")["log_history"] if "eval_loss" in entry]
@@ -76,7 +78,8 @@ def test_text_makes_a_student_that_is_fine_tuned_as_any_bert(inputs, tmp_path, c
     assert not any(name.startswith("qa_outputs") for name in weights)
     assert weights["bert.encoder.layer.0.attention.self.distance_embedding.weight"].shape == (95, 8)
     card = (out / "README.md").read_text()
-    assert "masked with relative_key_query position embeddings" in card and "of text.txt, read 10.0 times" in card
+    assert "masked with relative_key_query position embeddings" in card
+    assert "of text.txt, questions.json, read 10.0 times" in card
     assert f"| layer_1 | {printed['eval_layer_1']:.3f} |" in card
 
     flags = f"--train_file {inputs['questions']} --do_train --max_seq_length 40 --doc_stride 16 --max_steps 1 --use_cpu"
@@ -157,11 +160,21 @@ def test_passages_are_the_text(text, longest):
     assert all(0 < len(passage) <= longest + longest // 8 for passage in passages)
 
 
-def test_text_of_several_files_gzipped_or_not_is_one(inputs, tmp_path):
+def test_text_of_several_files_gzipped_or_not_is_one(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffanna\tlives\n\n in paris", encoding="utf-8")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"ben"))
     args = make_relative.DistillationDataArguments(text_file=[str(tmp_path)])
     assert make_relative.read_text(args, None) == "anna lives in paris ben"
+
+
+def test_text_of_a_dataset_and_its_part(tmp_path):
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "train.txt").write_text("anna lives\nin paris\nben")
+    args = make_relative.DistillationDataArguments(
+        text_dataset_name=str(tmp_path / "lines"), text_dataset_split="train[:2]"
+    )
+    source = SimpleNamespace(token=None, cache_dir=str(tmp_path / "cache"))
+    assert make_relative.read_text(args, source) == "anna lives in paris"
 
 
 # ---- Bad input ----
@@ -179,6 +192,8 @@ def test_text_of_several_files_gzipped_or_not_is_one(inputs, tmp_path):
         ("masked", "--text_file {short}", "the text fills one window only: give more"),
         ("masked", "--text_file {latin}", "latin: is not in UTF-8 (byte 3): convert it, as with iconv"),
         ("masked", "--text_file {greek}", "of the text's tokens are [UNK]: it is not in the language of the model"),
+        ("masked", "--text_dataset_name {rows}", "rows has no column text, but words: name another dataset"),
+        ("masked", "--text_dataset_name {rows} --text_dataset_split test", "cannot be loaded from the hub"),
         ("masked", "--text_file {text} --max_seq_length 65", "--max_seq_length is 65, but"),
         ("masked", "--text_file {text} --metric_for_best_model f1", "--metric_for_best_model is 'f1', must be loss"),
         ("masked", "--train_file {questions} --validation_file {questions} --do_eval", "was not trained to answer any"),
@@ -194,9 +209,11 @@ def test_bad_input_is_one_line_before_the_work(inputs, tmp_path, capsys, model, 
         "latin": b"caf\xe9",
         "greek": "αβγ δεζ ".encode() * 999,
     }
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.json").write_text('{"words": "anna"}')
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    files = {name: tmp_path / name for name in (*contents, "distilbert", "relative", "missing")}
+    files = {name: tmp_path / name for name in (*contents, "distilbert", "relative", "rows", "missing")}
     known = {**files, **inputs}
     flags = f"{known[model]} {' '.join(TYPE)} {' '.join(QUICK)} --doc_stride 16 {flags}".format(**known).split()
     with pytest.raises(SystemExit) as status:
