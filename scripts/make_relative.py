@@ -175,7 +175,7 @@ def run(model_args, data_args: DistillationDataArguments, training_args: Distill
     trainer.save_metrics("eval", agreement)
     scores = {}
     if training_args.do_eval:
-        checkpoints.write_qa_settings(training_args, model_args, data_args)
+        on_main_process(lambda: checkpoints.write_qa_settings(training_args, model_args, data_args))
         for who, model in (("teacher", teacher), ("student", student)):  # whose answers stay in output_dir
             logger.info("The %s answers:", who)
             one = run_squad.make_trainer(model, tokenizer, examples, features, settings, data_args, training_args)
@@ -325,7 +325,8 @@ class DistillationTrainer(QuestionAnsweringTrainer):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        args.ddp_find_unused_parameters = False
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # all that is trained takes part in the loss
         parts = (range(learned), range(learned, len(train_dataset)))
         settings["train_dataset"], settings["eval_dataset"] = map(train_dataset.select, parts)
         super().__init__(model=model, args=args, **settings)
