@@ -25,9 +25,9 @@ from transformers.trainer_callback import TrainerState
 
 from qa import checkpoints
 from qa.distributed import (
-    exit_process,
     meet_after_restart,
     on_main_process,
+    run_and_exit,
     set_up_logging,
     was_launched,
     was_restarted,
@@ -84,6 +84,12 @@ class ModelArguments:
             "choices": list(POSITION_EMBEDDING_TYPES),
         },
     )
+
+    @property
+    def source(self) -> dict:
+        """Where all that is loaded by a name comes from, as the functions of `qa.load_model` take it."""
+        names = ("token", "cache_dir", "trust_remote_code")
+        return {"revision": self.model_revision, **{name: getattr(self, name) for name in names}}
 
 
 @dataclass
@@ -247,9 +253,7 @@ def run_as(prog: str, program: Callable[[], None]) -> None:
 
 def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: QATrainingArguments) -> None:
     transformers.set_seed(training_args.seed)
-    name = model_args.model_name_or_path
-    source = {field: getattr(model_args, field) for field in ("token", "cache_dir", "trust_remote_code")}
-    source["revision"] = model_args.model_revision
+    name, source = model_args.model_name_or_path, model_args.source
     config = load_config(name, model_args.position_embedding_type, config_name=model_args.config_name, **source)
     add_pipeline(config, data_args)
     tokenizer = load_tokenizer(model_args.tokenizer_name or name, model_args.do_lower_case, **source)
@@ -443,8 +447,4 @@ def log_where(training_args: QATrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SystemExit as end:
-        exit_process(end.code)
-    exit_process(0)
+    run_and_exit(main)

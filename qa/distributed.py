@@ -111,11 +111,16 @@ def was_restarted() -> bool:
     return any(gather(any(count != "0" for count in counts)))
 
 
-def exit_process(status: int | None) -> None:
-    """Ends the process; under torchrun without the interpreter's teardown.
+def run_and_exit(main: Callable[[], None]) -> None:
+    """Runs a program and ends the process; under torchrun without the interpreter's teardown.
 
     In the teardown a thread of gloo's now and then aborts a process that is done, which torchrun takes for a failure.
     """
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
     if "TORCHELASTIC_RUN_ID" in os.environ:
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -81,9 +81,8 @@ def file_rows(file: BinaryIO) -> Iterator[dict]:
 
 def _open(file: BinaryIO) -> tuple[str, Iterator[Any], str]:
     """The format, the records, read as they are asked for, and what names a record, with {} for its number."""
-    gzipped = ""
-    if _begins(file, b"\x1f\x8b"):
-        gzipped, file = "gzipped ", gzip.GzipFile(fileobj=file)
+    packed, file = file, gunzipped(file)
+    gzipped = "" if file is packed else "gzipped "
     if _begins(file, b"PAR1"):
         # Of Parquet the end is read first.
         batches = _parquet_batches(io.BytesIO(file.read()) if gzipped else file)
@@ -100,6 +99,11 @@ def _open(file: BinaryIO) -> tuple[str, Iterator[Any], str]:
         return f"{gzipped}JSON", iter(_check(value["data"], list, "data")), "data[{}]"
     records = [value] if isinstance(value, dict) else _check(value, list, "the file")
     return f"{gzipped}JSON", iter(records), "row {}"
+
+
+def gunzipped(file: BinaryIO) -> BinaryIO:
+    """The file, or what it holds in gzip's format."""
+    return gzip.GzipFile(fileobj=file) if _begins(file, b"\x1f\x8b") else file
 
 
 def _begins(file: BinaryIO, magic: bytes) -> bool:

@@ -43,7 +43,6 @@ def model_card(model_args, data_args, training_args, position_type: str, metrics
         eval_results=results or None,
     )
     relative = position_type != "absolute"
-    flags = "\n".join(changed_flags(model_args, data_args, training_args))
     versions = "\n".join(f"- {library} {version(library)}" for library in LIBRARIES)
     return f"""---
 {metadata.to_yaml()}
@@ -71,15 +70,20 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForQuestionAnswering.from_pretrained("{name}"{", trust_remote_code=True" if relative else ""})
 ```
 {TRUST_NOTE if relative else ""}
-## Training
+{training_section(model_args, data_args, training_args)}
+{versions}
+"""
+
+
+def training_section(model_args, data_args, training_args) -> str:
+    flags = "\n".join(changed_flags(model_args, data_args, training_args))
+    return f"""## Training
 
 Processes: {training_args.world_size}. Flags that differ from their defaults:
 
 ```
 {flags}
 ```
-
-{versions}
 """
 
 

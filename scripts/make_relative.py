@@ -11,7 +11,6 @@ have its hidden states and attention in each layer (Jiao et al. 2020, TinyBERT),
 """
 
 import copy
-import gzip
 import json
 import logging
 import os
@@ -32,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_squad  # noqa: E402
 from qa import checkpoints, hub  # noqa: E402
 from qa.columns import column  # noqa: E402
-from qa.distributed import exit_process, on_main_process, was_restarted  # noqa: E402
+from qa.distributed import on_main_process, run_and_exit, was_restarted  # noqa: E402
 from qa.files import QAError, write_text  # noqa: E402
-from qa.layouts import errors_of  # noqa: E402
+from qa.layouts import errors_of, gunzipped  # noqa: E402
 from qa.load_model import (  # noqa: E402
     add_pipeline,
     check_length,
@@ -44,7 +43,7 @@ from qa.load_model import (  # noqa: E402
     load_weights_there,
     position_type_of,
 )
-from qa.model_card import TRUST_NOTE, changed_flags, without_folder  # noqa: E402
+from qa.model_card import TRUST_NOTE, training_section, without_folder  # noqa: E402
 from qa.modeling_relative_bert import RELATIVE_TYPES, RelativeBertForQuestionAnswering  # noqa: E402
 from qa.question_answering_pipeline import pair_template  # noqa: E402
 from qa.read_squad import files_of  # noqa: E402
@@ -128,9 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(model_args, data_args: DistillationDataArguments, training_args: DistillationArguments) -> None:
     transformers.set_seed(training_args.seed)
-    name, position_type = model_args.model_name_or_path, model_args.position_embedding_type
-    source = {each: getattr(model_args, each) for each in ("token", "cache_dir", "trust_remote_code")}
-    source["revision"] = model_args.model_revision
+    name, position_type, source = model_args.model_name_or_path, model_args.position_embedding_type, model_args.source
     config = load_config(name, config_name=model_args.config_name, **source)
     check_teacher(config, name, position_type, data_args, training_args)
     tokenizer = load_tokenizer(model_args.tokenizer_name or name, model_args.do_lower_case, **source)
@@ -225,14 +222,12 @@ def read_text(data_args: DistillationDataArguments, model_args) -> str:
             )
         if "text" not in dataset.column_names:
             raise QAError(f"{name} has no column text, but {', '.join(dataset.column_names)}: name another dataset")
-        texts = dataset["text"]
+        texts += dataset["text"]
     for path in data_args.text_file or []:
         for file in files_of(path).values():
             with errors_of(file), open(file, "rb") as opened:
-                content = opened.read()
-                content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
                 try:
-                    texts.append(content.decode("utf-8-sig"))
+                    texts.append(gunzipped(opened).read().decode("utf-8-sig"))
                 except UnicodeDecodeError as error:
                     raise QAError(f"is not in UTF-8 (byte {error.start}): convert it, as with iconv") from error
     text = " ".join(word for each in texts for word in each.split())
@@ -298,7 +293,6 @@ def make_student(teacher, position_type: str, positions: int) -> RelativeBertFor
     """
     config = copy.deepcopy(teacher.config)
     config.position_embedding_type, config.max_position_embeddings = position_type, positions
-    config._attn_implementation = "eager"  # which gives its attention
     student = RelativeBertForQuestionAnswering(config)
     weights = teacher.state_dict()
     table = weights["bert.embeddings.position_embeddings.weight"][:positions]
@@ -319,7 +313,6 @@ class DistillationTrainer(QuestionAnsweringTrainer):
             raise QAError("the text fills one window only: give more")
         held_out = min(HELD_OUT, len(train_dataset) // 10 or 1)
         learned = len(train_dataset) - held_out
-        model.set_attn_implementation("eager")
         model.get_input_embeddings().requires_grad_(False)
         model.qa_outputs.requires_grad_(with_answers)
         for module in model.modules():
@@ -333,7 +326,8 @@ class DistillationTrainer(QuestionAnsweringTrainer):
         self.with_answers = with_answers
         self.tokens = pc.sum(column(self.train_dataset, "length")).as_py()
         logger.info(f"Text: {learned} windows, {self.tokens} tokens; {held_out} more windows are held out.")
-        teacher.set_attn_implementation("eager")
+        for each in (model, teacher):
+            each.set_attn_implementation("eager")  # which gives its attention
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
 
     def create_optimizer(self, *args, **kwargs):
@@ -437,7 +431,6 @@ def model_card(model_args, data_args, training_args, trainer, agreement: dict, s
     table = "".join(f"| {layer} | {share:.3f} |\n" for layer, share in shares.items())
     answers = "".join(f"| {who} | {each['exact']:.2f} | {each['f1']:.2f} |\n" for who, each in scores.items())
     answers = f"\n| answers | exact | f1 |\n|---|---|---|\n{answers}" if answers else ""
-    flags = "\n".join(changed_flags(model_args, data_args, training_args))
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -454,19 +447,8 @@ How much of the variance of its hidden states is that of {base}, in windows that
 ## Use
 
 Fine-tune it as any BERT.{TRUST_NOTE}
-## Training
-
-Processes: {training_args.world_size}. Flags that differ from their defaults:
-
-```
-{flags}
-```
-"""
+{training_section(model_args, data_args, training_args)}"""
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SystemExit as end:
-        exit_process(end.code)
-    exit_process(0)
+    run_and_exit(main)

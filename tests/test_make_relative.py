@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,7 +155,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(inputs, tmp_path, monke
 
 @given(st.text(alphabet="ab 日", min_size=1, max_size=300), st.integers(8, 64))
 def test_passages_are_the_text(text, longest):
-    draw = make_relative.random.Random(0)
+    draw = random.Random(0)
     passages = list(make_relative.cut(text, longest, draw))
     assert "".join(passages) == text
     assert all(0 < len(passage) <= longest + longest // 8 for passage in passages)
@@ -175,6 +176,9 @@ def test_text_of_a_dataset_and_its_part(tmp_path):
     )
     source = SimpleNamespace(token=None, cache_dir=str(tmp_path / "cache"))
     assert make_relative.read_text(args, source) == "anna lives in paris"
+    (tmp_path / "more.txt").write_text("clara")
+    args.text_file = [str(tmp_path / "more.txt")]
+    assert make_relative.read_text(args, source) == "anna lives in paris clara"
 
 
 # ---- Bad input ----
