@@ -104,7 +104,6 @@ class DistillationArguments(run_squad.QATrainingArguments):
     )
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up, or below 1 their share of all."})
-    num_train_epochs: float = field(default=8.0, metadata={"help": "How often the text is read."})
     metric_for_best_model: str = field(default="loss", metadata={"help": "On held-out windows; there is no other."})
 
     def __post_init__(self):
@@ -196,8 +195,8 @@ def check_teacher(config, name: str, position_type: str | None, data_args, train
         raise QAError(f"{name} has {position_type_of(config)} positions already: train it with run_squad.py")
     if position_type not in RELATIVE_TYPES:
         raise QAError(f"--position_embedding_type is {position_type}, must be {' or '.join(RELATIVE_TYPES)}")
-    if training_args.do_predict:
-        raise QAError("--do_predict is run_squad.py's: leave it out")
+    if training_args.do_predict or not training_args.do_train:
+        raise QAError("make_relative.py always trains, and predicts nothing: leave out --do_train and --do_predict")
     positions = config.max_position_embeddings
     data_args.max_seq_length = data_args.max_seq_length or positions
     if data_args.max_seq_length > positions:
@@ -383,7 +382,7 @@ class DistillationTrainer(QuestionAnsweringTrainer):
         said = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
         logger.info("Agreement on %d windows held out: %s.", len(self.eval_dataset), said)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **shares}.items()}
-        self.log(metrics)
+        self.log(dict(metrics))  # which gets an epoch
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(metrics))
         return metrics
 

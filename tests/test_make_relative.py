@@ -81,7 +81,7 @@ def test_text_makes_a_student_that_is_fine_tuned_as_any_bert(inputs, tmp_path, c
     card = (out / "README.md").read_text()
     assert "masked with relative_key_query position embeddings" in card
     assert "of text.txt, questions.json, read 10.0 times" in card
-    assert f"| layer_1 | {printed['eval_layer_1']:.3f} |" in card
+    assert f"| layer_1 | {printed['eval_layer_1']:.3f} |" in card and "epoch" not in printed
 
     flags = f"--train_file {inputs['questions']} --do_train --max_seq_length 40 --doc_stride 16 --max_steps 1 --use_cpu"
     run_squad.main(["--model_name_or_path", str(out), *flags.split(), "--output_dir", str(tmp_path / "trained")])
@@ -201,7 +201,8 @@ def test_text_of_a_dataset_and_its_part(tmp_path):
         ("masked", "--text_file {text} --max_seq_length 65", "--max_seq_length is 65, but"),
         ("masked", "--text_file {text} --metric_for_best_model f1", "--metric_for_best_model is 'f1', must be loss"),
         ("masked", "--train_file {questions} --validation_file {questions} --do_eval", "was not trained to answer any"),
-        ("masked", "--text_file {text} --do_predict", "--do_predict is run_squad.py's"),
+        ("masked", "--text_file {text} --do_predict", "predicts nothing: leave out --do_train and --do_predict"),
+        ("masked", "--train_file {questions} --validation_file {questions} --do_eval --do_train False", "always train"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_the_work(inputs, tmp_path, capsys, model, flags, says):
