@@ -107,6 +107,8 @@ class DistillationArguments(run_squad.QATrainingArguments):
     metric_for_best_model: str = field(default="loss", metadata={"help": "On held-out windows; there is no other."})
 
     def __post_init__(self):
+        if self.do_predict or not self.do_train:
+            raise QAError("make_relative.py always trains, and predicts nothing: leave out --do_train and --do_predict")
         asks_questions = self.do_eval
         super().__post_init__()
         self.do_eval = asks_questions  # which --eval_strategy sets: here that measures the agreement
@@ -128,7 +130,7 @@ def run(model_args, data_args: DistillationDataArguments, training_args: Distill
     transformers.set_seed(training_args.seed)
     name, position_type, source = model_args.model_name_or_path, model_args.position_embedding_type, model_args.source
     config = load_config(name, config_name=model_args.config_name, **source)
-    check_teacher(config, name, position_type, data_args, training_args)
+    check_teacher(config, name, position_type, data_args)
     tokenizer = load_tokenizer(model_args.tokenizer_name or name, model_args.do_lower_case, **source)
     examples, features, windows = {}, {}, []
     if data_args.has_questions:
@@ -187,7 +189,7 @@ def run(model_args, data_args: DistillationDataArguments, training_args: Distill
     trainer.accelerator.end_training()  # of the trackers
 
 
-def check_teacher(config, name: str, position_type: str | None, data_args, training_args) -> None:
+def check_teacher(config, name: str, position_type: str | None, data_args) -> None:
     """Raises QAError where the model cannot be a teacher, or not of windows as long as are asked for."""
     if config.model_type != "bert":
         raise QAError(f"{name} is no BERT but of model_type {config.model_type}: relative positions are for BERT alone")
@@ -195,8 +197,6 @@ def check_teacher(config, name: str, position_type: str | None, data_args, train
         raise QAError(f"{name} has {position_type_of(config)} positions already: train it with run_squad.py")
     if position_type not in RELATIVE_TYPES:
         raise QAError(f"--position_embedding_type is {position_type}, must be {' or '.join(RELATIVE_TYPES)}")
-    if training_args.do_predict or not training_args.do_train:
-        raise QAError("make_relative.py always trains, and predicts nothing: leave out --do_train and --do_predict")
     positions = config.max_position_embeddings
     data_args.max_seq_length = data_args.max_seq_length or positions
     if data_args.max_seq_length > positions:
