@@ -12,10 +12,11 @@ never trained, and the answers are wrong. transformers 4 needs no such argument.
 """
 LIBRARIES = "torch transformers datasets tokenizers accelerate".split()
 METRICS = "exact f1 HasAns_exact HasAns_f1 NoAns_exact best_f1".split()
-# Flags that say nothing about the model, or are set by TrainingArguments itself.
+# Flags that say nothing about the model, or are set by TrainingArguments or the trainer.
 LEFT_OUT = """
     token hub_token output_dir cache_dir resume_from_checkpoint overwrite_output_dir overwrite_cache disable_tqdm
     use_cpu dataloader_pin_memory ddp_find_unused_parameters report_to run_name
+    remove_unused_columns logging_nan_inf_filter restore_callback_states_from_checkpoint
 """.split()
 
 

@@ -115,6 +115,8 @@ def test_training_evaluation_and_prediction_write_every_file(trained):
     scored = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert scored["f1"] == round(results["eval_f1"], 4)
     assert "relative_key_query" in card.text and "--max_seq_length 48" in card.text and "- torch " in card.text
+    for set_by_the_trainer in ("remove_unused_columns", "logging_nan_inf_filter", "restore_callback_states"):
+        assert set_by_the_trainer not in card.text
 
 
 def test_evaluating_a_trained_model_in_its_own_folder_gives_the_same_scores(trained, copy, command, capsys):
